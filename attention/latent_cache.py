@@ -1,0 +1,32 @@
+"""The paged latent cache of multi-head latent attention.
+
+One row of C + R values per token and layer: the normalised key-value latent, then the rotated key, which all heads
+share (DeepSeek-V2, arXiv 2405.04434, section 2.1). Every tensor-parallel peer of a group holds the same cache.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 32
+"""Positions in one block; also the block of keys over which the attention kernel's online softmax runs."""
+
+
+class LatentCache:
+    """Storage for `num_blocks` blocks on every layer: float32 [layers, num_blocks, BLOCK_SIZE, width].
+
+    The cache owns the memory; who may write which block is the block pool's business.
+    """
+
+    def __init__(self, *, num_layers: int, num_blocks: int, width: int, device: torch.device) -> None:
+        self.num_blocks = num_blocks
+        blocks = torch.zeros((num_layers, num_blocks, BLOCK_SIZE, width), dtype=torch.float32, device=device)
+        self._layers = blocks.unbind()
+
+    def layer(self, layer: int) -> Tensor:
+        """The blocks of one layer, [num_blocks, BLOCK_SIZE, width]."""
+        return self._layers[layer]
+
+
+def bytes_per_block(num_layers: int, width: int) -> int:
+    """Bytes that one block takes over all layers."""
+    return num_layers * BLOCK_SIZE * width * 4

@@ -1,0 +1,76 @@
+"""The tensor-parallel attention service: one layer of attention, computed by the members of a group together.
+
+Each member owns a part of the step's rows. It projects its own rows down, gathers everybody's projections (they are
+far narrower than the hidden state), attends with its heads over all rows, and gets back the finished rows it owns.
+
+Shape legend: T rows of the micro-batch, O the rows this member owns, H hidden, D projected width.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from attention.latent_cache import LatentCache
+from attention.mla import MultiHeadLatentAttention
+from kernels import AttentionBatch
+from transport.collectives import GroupCall, all_gather_rows, reduce_scatter_tree
+from transport.links import Link
+from transport.mailbox import Mailbox
+from transport.shards import row_split
+from transport.tasks import Steps
+
+_GATHER, _REDUCE = 0, 1
+
+
+class AttentionService:
+    """A member's attention layers and its copy of the group's latent cache."""
+
+    def __init__(
+        self,
+        layers: Sequence[MultiHeadLatentAttention],
+        cache: LatentCache,
+        *,
+        link: Link,
+        mailbox: Mailbox,
+        members: tuple[int, ...],
+        num_shards: int,
+    ) -> None:
+        self._layers = layers
+        self._cache = cache
+        self._link = link
+        self._mailbox = mailbox
+        self._members = members
+        self._num_shards = num_shards
+
+    def owned_rows(self, num_rows: int) -> tuple[int, int]:
+        """(start, stop) of the rows of a micro-batch that this member owns."""
+        return row_split(num_rows, len(self._members))[self._members.index(self._link.rank)]
+
+    def attend(
+        self, layer: int, x_OH: Tensor, batch: AttentionBatch, *, generation: int, step: int, micro_batch: int
+    ) -> Steps[Tensor]:
+        """Attention output [O, H] of the owned rows from their normalised hidden states [O, H]."""
+        attention = self._layers[layer]
+        if len(self._members) == 1:
+            return attention.whole(x_OH, batch, self._cache, layer)
+        projected = attention.project(x_OH, batch, self.owned_rows(batch.num_rows)[0])
+        rows_TD = yield from all_gather_rows(
+            self._call(_GATHER, layer, generation, step, micro_batch), projected, batch.num_rows
+        )
+        partials = attention.attend(rows_TD, batch, self._cache, layer)
+        y_OH = yield from reduce_scatter_tree(
+            self._call(_REDUCE, layer, generation, step, micro_batch), partials, self._num_shards
+        )
+        return attention.finish(y_OH)
+
+    def _call(self, phase: int, layer: int, generation: int, step: int, micro_batch: int) -> GroupCall:
+        return GroupCall(
+            link=self._link,
+            mailbox=self._mailbox,
+            members=self._members,
+            generation=generation,
+            step=step,
+            layer=layer,
+            micro_batch=micro_batch,
+            phase=phase,
+        )

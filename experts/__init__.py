@@ -1,0 +1,7 @@
+"""What an expert computes: the bank of experts resident on a rank, the service that answers, the client that asks."""
+
+from experts.bank import ExpertBank
+from experts.client import ExpertClient, WorkId
+from experts.service import ExpertService, LocalCall, answer_frame
+
+__all__ = ["ExpertBank", "ExpertClient", "ExpertService", "LocalCall", "WorkId", "answer_frame"]

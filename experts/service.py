@@ -1,0 +1,137 @@
+"""The expert service: answers calls for the experts that live on this rank, its own attention's calls included.
+
+An answer is a pure function of the call and the weights, so a call may be repeated, or asked of a replica, at any time.
+
+Shape legend: n rows of one call, S its slots, H hidden, k slots of one row at most.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from experts.bank import ExpertBank
+from experts.compact import weighted_rows
+from transport.dispatch import ExpertCall, expert_call, merge_calls
+from transport.errors import ProtocolError
+from transport.frame import Frame, Header, Kind
+
+
+@dataclass(eq=False, kw_only=True)
+class LocalCall:
+    """A call of this rank's own attention: the same work, no frame. `answer` is set when it is done.
+
+    `weights` float32 [S] asks for one weighted row per token instead of one row per slot.
+    """
+
+    layer: int
+    call: ExpertCall
+    weights: Tensor | None = None
+    answer: Tensor | None = None
+
+    def ready(self) -> bool:
+        return self.answer is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    """A call in the queue and whom to answer: the sender of `header`, or the local caller."""
+
+    call: ExpertCall
+    weights: Tensor | None
+    header: Header | None = None
+    local: LocalCall | None = None
+
+
+@dataclass(kw_only=True)
+class ServiceStats:
+    """Counters since start: calls answered, grouped batches computed, tokens that came for this rank's experts, by
+    layer."""
+
+    calls: int = 0
+    batches: int = 0
+    tokens_by_layer: dict[int, int] = field(default_factory=dict)
+
+
+class ExpertService:
+    """Calls wait by layer. It never waits for anybody: what is there when its turn comes is one batch."""
+
+    def __init__(self, banks: Mapping[int, ExpertBank], *, hidden: int, device: torch.device) -> None:
+        self._banks = banks
+        self._hidden = hidden
+        self._device = device
+        self._queues: dict[int, list[_Waiting]] = {}
+        self.stats = ServiceStats()
+
+    @property
+    def pending(self) -> bool:
+        """Whether any call waits."""
+        return bool(self._queues)
+
+    def submit(self, frame: Frame) -> Frame | None:
+        """Queue a DISPATCH frame (see `dispatch_tensors`, and float32 [S] weights behind them for a compact answer).
+
+        Returns a NOT_HERE frame to post at once where this rank does not host what is asked for. Raises ProtocolError.
+        """
+        header = frame.header
+        bank = self._banks.get(header.layer)
+        if bank is None:
+            return _not_here(header)
+        call = expert_call(frame.tensors[:3], hidden=self._hidden, num_experts=bank.local_slot_E.shape[0])
+        if call.missing(bank.local_slot_E):
+            return _not_here(header)
+        weights = frame.tensors[3] if len(frame.tensors) > 3 else None
+        if weights is not None and (weights.dtype is not torch.float32 or weights.shape != call.slot_row.shape):
+            raise ProtocolError(
+                f"weights are {weights.dtype} {tuple(weights.shape)}, not float32 {call.slot_row.shape}"
+            )
+        call = replace(call, rows_nH=call.rows_nH.to(self._device))
+        self._enqueue(header.layer, _Waiting(call=call, weights=weights, header=header))
+        return None
+
+    def submit_local(self, local: LocalCall) -> None:
+        """Queue a call of this rank's own attention."""
+        self._enqueue(local.layer, _Waiting(call=local.call, weights=local.weights, local=local))
+
+    def answer_alone(self, layer: int, x_TH: Tensor, routed: tuple[Tensor, Tensor], base_TH: Tensor | None) -> Tensor:
+        """A whole MoE layer at once, [T, H]: for the attention of the only rank, which has nobody to wait for."""
+        self._count(layer, 1, x_TH.shape[0])
+        return self._banks[layer].combined(x_TH, routed, base_TH)
+
+    def _count(self, layer: int, calls: int, tokens: int) -> None:
+        self.stats.batches += 1
+        self.stats.calls += calls
+        self.stats.tokens_by_layer[layer] = self.stats.tokens_by_layer.get(layer, 0) + tokens
+
+    def _enqueue(self, layer: int, waiting: _Waiting) -> None:
+        self._queues.setdefault(layer, []).append(waiting)
+
+    def step(self) -> list[tuple[Header, Tensor]]:
+        """Compute every call of the layer that has waited longest, as one batch: each frame's header and its answer."""
+        if not self._queues:
+            return []
+        layer = next(iter(self._queues))
+        waiting = self._queues.pop(layer)
+        merged = merge_calls([item.call for item in waiting])
+        y_SH = self._banks[layer].compute(merged)
+        answers = torch.split_with_sizes(y_SH, [item.call.slot_row.shape[0] for item in waiting])
+        self._count(layer, len(waiting), merged.rows_nH.shape[0])
+        posted: list[tuple[Header, Tensor]] = []
+        for item, answer in zip(waiting, answers, strict=True):
+            if item.weights is not None:
+                answer = weighted_rows(answer, item.call, item.weights)
+            if item.local is not None:
+                item.local.answer = answer
+            if item.header is not None:
+                posted.append((item.header, answer))
+        return posted
+
+
+def answer_frame(call: Header, answer: Tensor, sender: int) -> Frame:
+    """The ANSWER to a DISPATCH frame: the caller's own numbers come back with it."""
+    return Frame(replace(call, kind=Kind.ANSWER, sender=sender, credits=0), (answer,))
+
+
+def _not_here(call: Header) -> Frame:
+    return Frame(replace(call, kind=Kind.NOT_HERE, credits=0))

@@ -1,0 +1,51 @@
+"""The arithmetic that all parts share, batch-invariant on the CPU: a row's bits depend on that row alone."""
+
+from kernels.attention import KEY_BLOCK, mla_attention
+from kernels.experts import PackedExperts, ffn, grouped_ffn, moe
+from kernels.heads import PackedHeads, head_linear, pack_heads
+from kernels.linear import PackedLinear, linear, pack_linear
+from kernels.mla import AttentionBatch, MlaWeights, mla, mla_attend, mla_project
+from kernels.panels import BlockScale, dequantize
+from kernels.routing import Gate, route
+from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
+from kernels.runtime import force_isa, isa, native_available, native_reason, num_threads, set_num_threads
+from kernels.slots import SlotPlan, plan_slots
+
+__all__ = [
+    "KEY_BLOCK",
+    "AttentionBatch",
+    "BlockScale",
+    "Gate",
+    "MlaWeights",
+    "PackedExperts",
+    "PackedHeads",
+    "PackedLinear",
+    "SlotPlan",
+    "add_rms_norm_",
+    "argmax",
+    "combine",
+    "dequantize",
+    "ffn",
+    "force_isa",
+    "grouped_ffn",
+    "head_linear",
+    "isa",
+    "linear",
+    "log_softmax",
+    "mla",
+    "mla_attend",
+    "mla_attention",
+    "mla_project",
+    "moe",
+    "native_available",
+    "native_reason",
+    "num_threads",
+    "pack_heads",
+    "pack_linear",
+    "plan_slots",
+    "rms_norm",
+    "rope_",
+    "route",
+    "set_num_threads",
+    "tree_add",
+]

@@ -1,0 +1,153 @@
+# Signatures of csrc/module.c. Integers named *_at are addresses of contiguous tensors that the caller keeps alive.
+
+def linear(matrix_at: int, x_at: int, num_rows: int, y_at: int, /) -> None: ...
+def heads(
+    matrix_at: int,
+    num_heads: int,
+    head_bytes: int,
+    x_at: int,
+    row_stride: int,
+    head_stride: int,
+    num_rows: int,
+    y_at: int,
+    /,
+) -> None: ...
+def grouped_ffn(
+    experts_at: int,
+    x_at: int,
+    num_x_rows: int,
+    slot_rows_at: int,
+    slot_experts_at: int,
+    place_of_at: int,
+    num_places: int,
+    num_slots: int,
+    y_at: int,
+    /,
+) -> None: ...
+def moe(
+    experts_at: int,
+    x_at: int,
+    num_rows: int,
+    ids_at: int,
+    place_of_at: int,
+    num_places: int,
+    top_k: int,
+    weights_at: int,
+    base_at: int,
+    y_at: int,
+    /,
+) -> None: ...
+def rms_norm(x_at: int, weight_at: int, y_at: int, num_rows: int, width: int, eps: float, /) -> None: ...
+def add_rms_norm(
+    x_at: int, y_at: int, weight_at: int, out_at: int, num_rows: int, width: int, eps: float, /
+) -> None: ...
+def log_softmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
+def argmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
+def rope(
+    x_at: int,
+    row_stride: int,
+    head_stride: int,
+    num_rows: int,
+    num_heads: int,
+    width: int,
+    cos_at: int,
+    sin_at: int,
+    interleave: int,
+    /,
+) -> None: ...
+def route(
+    logits_at: int,
+    bias_at: int,
+    ids_at: int,
+    weights_at: int,
+    num_rows: int,
+    num_experts: int,
+    num_groups: int,
+    topk_groups: int,
+    top_k: int,
+    softmax: int,
+    method: int,
+    normalize: int,
+    scale: float,
+    /,
+) -> None: ...
+def gate(
+    matrix_at: int,
+    x_at: int,
+    bias_at: int,
+    ids_at: int,
+    weights_at: int,
+    counts_at: int,
+    num_rows: int,
+    /,
+    *rule: int | float,
+) -> None: ...
+def plan_slots(
+    ids_at: int,
+    num_tokens: int,
+    top_k: int,
+    rank_of_at: int,
+    num_experts: int,
+    num_ranks: int,
+    plan_at: int,
+    counts_at: int,
+    /,
+) -> None: ...
+def combine(
+    rows_at: int,
+    num_slots: int,
+    slot_index_at: int,
+    weights_at: int,
+    base_at: int,
+    y_at: int,
+    num_rows: int,
+    top_k: int,
+    width: int,
+    /,
+) -> None: ...
+def tree_add(part_addresses_at: int, num_parts: int, y_at: int, num_elements: int, /) -> None: ...
+def attention(
+    latent_at: int,
+    rope_at: int,
+    cache_at: int,
+    tables_at: int,
+    row_seq_at: int,
+    positions_at: int,
+    out_at: int,
+    latent_row_stride: int,
+    latent_head_stride: int,
+    rope_row_stride: int,
+    rope_head_stride: int,
+    num_rows: int,
+    num_heads: int,
+    latent_width: int,
+    rope_width: int,
+    num_blocks: int,
+    num_seqs: int,
+    max_blocks: int,
+    scale: float,
+    /,
+) -> None: ...
+def mla_project(weights_at: int, batch_at: int, first_row: int, num_rows: int, x_at: int, rows_at: int, /) -> None: ...
+def mla_attend(
+    weights_at: int, batch_at: int, rows_at: int, cache_at: int, num_blocks: int, out_at: int, /
+) -> None: ...
+def mla(weights_at: int, batch_at: int, x_at: int, cache_at: int, num_blocks: int, out_at: int, /) -> None: ...
+def pack(
+    source_at: int,
+    row_bytes: int,
+    num_out: int,
+    num_in: int,
+    element_bytes: int,
+    interleave: int,
+    refuse_nan: int,
+    panels_at: int,
+    panel_stride: int,
+    /,
+) -> None: ...
+def advise_huge_pages(start_at: int, num_bytes: int, /) -> None: ...
+def read_all(start_at: int, num_bytes: int, sum_at: int, /) -> None: ...
+def select(isa: str | None, /) -> None: ...
+def isa() -> str: ...
+def set_num_threads(num_threads: int, /) -> None: ...
+def num_threads() -> int: ...

@@ -1,0 +1,68 @@
+"""Multi-head latent attention over the paged latent cache.
+
+Legend: T rows, n heads, C latent width, R rotary dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import reference
+from kernels.runtime import native, require, runs_native
+
+KEY_BLOCK = 32  # positions per cache block
+
+
+def mla_attention(
+    q_latent_TnC: torch.Tensor,
+    q_rope_TnR: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_seq: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """o_TnC: row t attends positions 0..positions[t] of sequence row_seq[t], absorbed form, softmax of score * scale.
+
+    cache [num_blocks, 32, C+R] holds keys (C latent, R rotated) whose first C are the values; block_tables int32
+    [num_seqs, max_blocks] names the block of each 32 positions; row_seq and positions are int32[T]. Queries may be
+    views with a contiguous last dim. Key blocks are taken in order with online softmax; a row's bits do not depend
+    on other rows, on where blocks lie, nor on what the cache holds elsewhere. Raises ValueError on an index out of
+    range (native only). Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
+    """
+    num_rows, num_heads, latent = q_latent_TnC.shape
+    rope = q_rope_TnR.shape[2]
+    if q_rope_TnR.shape[:2] != q_latent_TnC.shape[:2]:
+        raise ValueError(f"q_rope {tuple(q_rope_TnR.shape)} does not fit q_latent {tuple(q_latent_TnC.shape)}")
+    for name, query in (("q_latent", q_latent_TnC), ("q_rope", q_rope_TnR)):
+        if query.dtype != torch.float32 or query.stride(2) != 1:
+            raise ValueError(f"{name} is {query.dtype}, must be float32 with a contiguous last dim")
+    require(cache, "cache", (None, KEY_BLOCK, latent + rope))
+    require(block_tables, "block_tables", (None, None), torch.int32)
+    require(row_seq, "row_seq", (num_rows,), torch.int32)
+    require(positions, "positions", (num_rows,), torch.int32)
+    if not runs_native(q_latent_TnC):
+        return reference.mla_attention(q_latent_TnC, q_rope_TnR, cache, block_tables, row_seq, positions, scale)
+    out_TnC = torch.empty((num_rows, num_heads, latent))
+    native.attention(
+        q_latent_TnC.data_ptr(),
+        q_rope_TnR.data_ptr(),
+        cache.data_ptr(),
+        block_tables.data_ptr(),
+        row_seq.data_ptr(),
+        positions.data_ptr(),
+        out_TnC.data_ptr(),
+        q_latent_TnC.stride(0),
+        q_latent_TnC.stride(1),
+        q_rope_TnR.stride(0),
+        q_rope_TnR.stride(1),
+        num_rows,
+        num_heads,
+        latent,
+        rope,
+        cache.shape[0],
+        block_tables.shape[0],
+        block_tables.shape[1],
+        scale,
+    )
+    return out_TnC

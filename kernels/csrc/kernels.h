@@ -1,0 +1,118 @@
+/* Shapes and tables shared by the instruction-set variants (isa_*.c), the drivers (ops*.c) and the Python module. */
+#ifndef MOEMESH_KERNELS_H
+#define MOEMESH_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PANEL 32      /* output columns of one weight panel */
+#define ROW_CHUNK 96  /* most rows one task carries through a panel */
+#define KEY_BLOCK 32  /* positions of one block of the latent cache */
+
+enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, NUM_KINDS };
+enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
+
+/* A weight matrix [num_out, num_in] in panels [num_panels][num_in][32]. Every field is 8 bytes wide: Python fills this
+   struct as an int64 tensor (kernels/panels.py, same order). bfloat16 and fp8 panels hold column i at place 2i and
+   column 16 + i at place 2i + 1, so that one load and one shift or mask give two vectors of neighbouring columns. */
+typedef struct {
+    const uint8_t *panels;
+    const float *scales; /* fp8: [num_panels][scale blocks][scale_width] */
+    int64_t kind, num_out, num_in, num_shards;
+    int64_t panel_stride; /* bytes from one panel to the next */
+    int64_t scale_stride; /* floats from the scales of one panel to the next */
+    int64_t block_cols;   /* fp8: columns (k) under one scale */
+    int64_t block_phase;  /* fp8: columns of the first scale block that lie before column 0 of this matrix */
+    int64_t scale_width;  /* fp8: 1 = one scale for the panel, 32 = one for each of its columns */
+} Matrix;
+
+/* All experts of one layer; the matrices are those of expert 0, the strides lead to the next expert. */
+typedef struct {
+    Matrix gate, up, down;
+    int64_t num_experts, data_stride /* bytes */, scale_stride /* floats */;
+} Experts;
+
+/* One layer of multi-head latent attention on one rank (kernels/mla.py fills it, same order). Without query_down the
+   query is the hidden state itself; biases may be NULL. */
+typedef struct {
+    const Matrix *query_down;
+    const float *query_down_bias, *query_norm;
+    const Matrix *latent_down;
+    const float *latent_down_bias, *latent_norm;
+    const Matrix *query_up, *key_up, *value_up;
+    int64_t key_head_bytes, value_head_bytes;
+    int64_t num_heads, latent_width, interleave;
+    double eps, scale;
+    const Matrix *const *outputs;
+    int64_t num_outputs;
+} Mla;
+
+/* Where the rows of a micro-batch stand (kernels/mla.py). */
+typedef struct {
+    const int32_t *positions;
+    const float *cosine, *sine; /* [num_rows][rope width / 2] */
+    const int64_t *slots;       /* place in the cache that each row is written to */
+    const int32_t *row_seq, *tables;
+    int64_t num_rows, num_seqs, max_blocks;
+} MlaBatch;
+
+typedef struct {
+    const float *logits, *bias; /* bias may be NULL */
+    int32_t *ids;
+    float *weights;
+    int64_t num_rows, num_experts, num_groups, topk_groups, top_k, softmax, method, normalize;
+    float scale;
+} Route;
+
+typedef struct {
+    const float *latent, *rope, *cache;
+    const int32_t *tables, *row_seq, *positions;
+    float *out;
+    int64_t latent_strides[2], rope_strides[2]; /* floats: row, head */
+    int64_t num_rows, num_heads, latent_width, rope_width, num_blocks, num_seqs, max_blocks;
+    float scale;
+} Attention;
+
+/* One piece of attention work: heads [head, head + num_heads) of rows [row, row + num_rows), all of one sequence. */
+typedef struct {
+    int64_t row, num_rows, head, num_heads;
+} AttentionTile;
+
+/* The leaf functions that exist once per instruction set. All variants give the same bits. */
+typedef struct {
+    const char *name;
+    void (*panel_gemm)(const Matrix *m, int64_t panel, const float *const *rows, int64_t num_rows, float *acc,
+                       float *stack);
+    void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
+    void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
+    void (*log_softmax)(const float *x, float *y, int64_t n);
+    int64_t (*argmax)(const float *x, int64_t n);
+    void (*route)(const Route *r, int64_t row, float *scratch);
+    void (*combine)(const float *rows, const int32_t *slots, const float *weights, int64_t top_k, const float *base,
+                    float *y, int64_t n);
+    void (*tree_add)(const float *const *parts, int64_t num_parts, float *y, int64_t start, int64_t stop);
+    void (*attend)(const Attention *a, const AttentionTile *tile, float *scratch);
+} KernelTable;
+
+/* Floats of scratch that route and attend need. */
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+static inline int64_t route_scratch(int64_t num_experts) { return 4 * round_up(num_experts, 16); }
+static inline int64_t attend_width(const Attention *a)
+{
+    int64_t whole = a->latent_width + a->rope_width, latent = round_up(a->latent_width, PANEL);
+    return round_up(whole > latent ? whole : latent, PANEL);
+}
+static inline int64_t attend_scratch(const Attention *a, int64_t rows)
+{
+    return rows * (attend_width(a) + round_up(a->latent_width, PANEL) + KEY_BLOCK + 32) + KEY_BLOCK * attend_width(a);
+}
+
+#if defined(__x86_64__)
+extern const KernelTable kernels_avx512, kernels_avx2;
+#endif
+#if defined(__x86_64__) || defined(__aarch64__)
+#define HAVE_GENERIC 1
+extern const KernelTable kernels_generic;
+#endif
+
+#endif

@@ -1,0 +1,59 @@
+/* Drivers: they check indices, cut an operation into tasks and run them on the pool. Each returns NULL or what is
+   wrong. Arguments were checked for shape and dtype by the Python side. The caller holds the pool. */
+#ifndef MOEMESH_OPS_H
+#define MOEMESH_OPS_H
+
+#include "kernels.h"
+
+extern const char out_of_memory[]; /* returned as it is, so that it can be told from other answers */
+
+const char *op_select(const char *isa); /* best variant of this machine if isa is NULL */
+const KernelTable *op_table(void);      /* NULL: no variant runs here */
+
+const char *op_linear(const Matrix *m, const float *x, int64_t num_rows, float *y);
+const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
+                     int64_t head_stride, int64_t num_rows, float *y);
+/* Which row goes to which expert. Slot s: row slot_rows[s], or s / top_k if that is NULL; expert place_of[experts[s]],
+   or experts[s] if there is no place_of, or 0 if there are no experts. */
+typedef struct {
+    const int32_t *slot_rows, *experts, *place_of;
+    int64_t num_slots, top_k, num_places; /* num_places: length of place_of */
+} Slots;
+
+const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows, const Slots *slots, float *y);
+/* y = base + weighted sum of each row's top_k experts, as op_grouped_ffn and op_combine give it. */
+const char *op_moe(const Experts *e, const float *x, int64_t num_rows, const Slots *slots, const float *weights,
+                   const float *base, float *y);
+const char *op_rms_norm(const float *x, const float *weight, float *y, int64_t num_rows, int64_t n, float eps);
+const char *op_add_rms_norm(float *x, const float *y, const float *weight, float *out, int64_t num_rows, int64_t n,
+                            float eps); /* x += y, out = rms_norm(x) */
+const char *op_log_softmax(const float *x, float *y, int64_t num_rows, int64_t n);
+const char *op_argmax(const float *x, int64_t *y, int64_t num_rows, int64_t n);
+const char *op_rope(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
+                    int64_t width, const float *cosine, const float *sine, int interleave);
+const char *op_route(const Route *r);
+/* Sets r->logits = x W^T; counts[num_experts] (may be NULL) gets 1 for each choice of an expert. */
+const char *op_gate(const Matrix *weight, const float *x, Route *r, int64_t *counts);
+/* plan[5][S] and counts[2][num_ranks]: see kernels/slots.py. */
+const char *op_plan_slots(const int32_t *ids, int64_t num_tokens, int64_t top_k, const int32_t *rank_of,
+                          int64_t num_experts, int64_t num_ranks, int32_t *plan, int32_t *counts);
+/* slots NULL: row t takes rows t * top_k and on. */
+const char *op_combine(const float *rows, int64_t num_slots, const int32_t *slots, const float *weights,
+                       const float *base, float *y, int64_t num_rows, int64_t top_k, int64_t n);
+const char *op_tree_add(const float *const *parts, int64_t num_parts, float *y, int64_t n);
+const char *op_attention(const Attention *a);
+const char *op_mla_project(const Mla *m, const MlaBatch *b, int64_t first_row, int64_t num_rows, const float *x,
+                           float *rows);
+const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, float *cache, int64_t num_blocks,
+                          float *out);
+/* Both at once, where no peer has rows of its own. */
+const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache, int64_t num_blocks, float *out);
+
+/* Copies rows [num_out][num_in] of element_bytes (row stride in bytes) into panels; see Matrix for `interleave`.
+   With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */
+const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int64_t num_in, int64_t element_bytes,
+                    int interleave, int refuse_nan, void *panels, int64_t panel_stride);
+void op_advise_huge_pages(void *start, int64_t bytes);
+uint64_t op_read_all(const void *start, int64_t bytes); /* reads memory as fast as it goes, for benchmarks */
+
+#endif

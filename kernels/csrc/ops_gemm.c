@@ -1,0 +1,238 @@
+/* Drivers of the matrix products. */
+#include <string.h>
+
+#include "ops.h"
+#include "pool.h"
+
+#define SMALL_WORK (1 << 16) /* multiply-adds (and, by the same number, weights) not worth waking a worker for */
+
+static int64_t stack_floats(const Matrix *m)
+{
+    int64_t depth = 0;
+    while (((int64_t)1 << depth) < m->num_shards)
+        depth++;
+    return depth * ROW_CHUNK * PANEL;
+}
+
+static int is_small(int64_t num_rows, int64_t num_weights) { return num_rows * num_weights <= SMALL_WORK; }
+
+static void store_columns(const float *acc, int64_t num_rows, float *out, int64_t stride, int64_t columns)
+{
+    for (int64_t r = 0; r < num_rows; r++)
+        memcpy(out + r * stride, acc + r * PANEL, (columns < PANEL ? columns : PANEL) * sizeof(float));
+}
+
+/* One product per head; a plain linear layer is the case of one head. */
+typedef struct {
+    const Matrix *matrix;
+    const float *x;
+    float *y;
+    int64_t num_heads, head_bytes, row_stride, head_stride, num_rows, num_panels, num_chunks;
+} Product;
+
+static void product_task(const void *argument, int64_t index, void *scratch)
+{
+    const Product *p = argument;
+    const int64_t chunk = index % p->num_chunks, unit = index / p->num_chunks;
+    const int64_t panel = unit % p->num_panels, head = unit / p->num_panels;
+    const int64_t start = p->num_rows * chunk / p->num_chunks, stop = p->num_rows * (chunk + 1) / p->num_chunks;
+    const int64_t num_out = p->matrix->num_out, out_stride = p->num_heads * num_out;
+    const float *rows[ROW_CHUNK];
+    float *acc = scratch;
+    Matrix m = *p->matrix;
+    m.panels += head * p->head_bytes;
+    for (int64_t r = start; r < stop; r++)
+        rows[r - start] = p->x + r * p->row_stride + head * p->head_stride;
+    op_table()->panel_gemm(&m, panel, rows, stop - start, acc, acc + ROW_CHUNK * PANEL);
+    store_columns(acc, stop - start, p->y + start * out_stride + head * num_out + panel * PANEL, out_stride,
+                  num_out - panel * PANEL);
+}
+
+const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
+                     int64_t head_stride, int64_t num_rows, float *y)
+{
+    if (num_rows == 0)
+        return NULL;
+    if (pool_reserve((ROW_CHUNK * PANEL + stack_floats(m)) * (int64_t)sizeof(float)) != 0)
+        return out_of_memory;
+    Product p = {m, x, y, num_heads, head_bytes, row_stride, head_stride, num_rows,
+                 (m->num_out + PANEL - 1) / PANEL, (num_rows + ROW_CHUNK - 1) / ROW_CHUNK};
+    pool_run(product_task, &p, num_heads * p.num_panels * p.num_chunks,
+             is_small(num_rows, num_heads * m->num_out * m->num_in));
+    return NULL;
+}
+
+const char *op_linear(const Matrix *m, const float *x, int64_t num_rows, float *y)
+{
+    return op_heads(m, 1, 0, x, m->num_in, 0, num_rows, y);
+}
+
+/* Both halves of the grouped FFN, over slots sorted by expert. starts[i] is the first (chunk of slots) of the i-th
+   expert that has slots. */
+typedef struct {
+    const Experts *experts;
+    const Slots *slots;
+    const float *x;
+    float *middle, *y;
+    int64_t *offsets, *busy, *starts; /* [E + 1], [E], [E + 1] */
+    int32_t *order;                   /* [S] slot at each place of the sorted order */
+    int64_t num_panels, num_busy, width;
+} Ffn;
+
+typedef struct {
+    int64_t expert, panel, first, count; /* places [first, first + count) */
+} FfnTask;
+
+static FfnTask locate(const Ffn *f, int64_t index)
+{
+    int64_t low = 0, high = f->num_busy;
+    while (high - low > 1) { /* tasks of an expert lie together: its panels, and within a panel its chunks */
+        int64_t middle = (low + high) / 2;
+        if (f->starts[middle] * f->num_panels <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    const int64_t expert = f->busy[low], chunks = f->starts[low + 1] - f->starts[low];
+    const int64_t within = index - f->starts[low] * f->num_panels, chunk = within % chunks;
+    const int64_t slots = f->offsets[expert + 1] - f->offsets[expert];
+    const int64_t start = slots * chunk / chunks, stop = slots * (chunk + 1) / chunks;
+    return (FfnTask){expert, within / chunks, f->offsets[expert] + start, stop - start};
+}
+
+static Matrix of_expert(const Experts *e, const Matrix *m, int64_t expert)
+{
+    Matrix mine = *m;
+    mine.panels += expert * e->data_stride;
+    mine.scales += expert * e->scale_stride;
+    return mine;
+}
+
+static int64_t row_of(const Slots *s, int64_t slot) { return s->slot_rows ? s->slot_rows[slot] : slot / s->top_k; }
+
+static void up_task(const void *argument, int64_t index, void *scratch)
+{
+    const Ffn *f = argument;
+    const FfnTask t = locate(f, index);
+    const float *rows[ROW_CHUNK];
+    float *gate_acc = scratch, *up_acc = gate_acc + ROW_CHUNK * PANEL, *stack = up_acc + ROW_CHUNK * PANEL;
+    const Matrix gate = of_expert(f->experts, &f->experts->gate, t.expert);
+    const Matrix up = of_expert(f->experts, &f->experts->up, t.expert);
+    for (int64_t i = 0; i < t.count; i++)
+        rows[i] = f->x + row_of(f->slots, f->order[t.first + i]) * up.num_in;
+    op_table()->panel_gemm(&gate, t.panel, rows, t.count, gate_acc, stack);
+    op_table()->panel_gemm(&up, t.panel, rows, t.count, up_acc, stack);
+    for (int64_t i = 0; i < t.count; i++)
+        op_table()->swiglu(gate_acc + i * PANEL, up_acc + i * PANEL,
+                           f->middle + (t.first + i) * f->width + t.panel * PANEL, PANEL);
+}
+
+static void down_task(const void *argument, int64_t index, void *scratch)
+{
+    const Ffn *f = argument;
+    const FfnTask t = locate(f, index);
+    const float *rows[ROW_CHUNK];
+    float *acc = scratch;
+    const Matrix down = of_expert(f->experts, &f->experts->down, t.expert);
+    for (int64_t i = 0; i < t.count; i++)
+        rows[i] = f->middle + (t.first + i) * f->width;
+    op_table()->panel_gemm(&down, t.panel, rows, t.count, acc, acc + ROW_CHUNK * PANEL);
+    for (int64_t i = 0; i < t.count; i++)
+        store_columns(acc + i * PANEL, 1, f->y + f->order[t.first + i] * down.num_out + t.panel * PANEL, 0,
+                      down.num_out - t.panel * PANEL);
+}
+
+/* Sorts the slots by expert, keeping their order within one; lists the experts that have any. */
+static const char *sort_slots(Ffn *f, int64_t num_x_rows)
+{
+    const Slots *s = f->slots;
+    const int64_t num_experts = f->experts->num_experts;
+    int64_t *next = f->starts; /* until the order is known */
+    memset(f->offsets, 0, (num_experts + 1) * sizeof(int64_t));
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t i = 0; i < s->num_slots; i++) {
+            int64_t expert = s->experts ? s->experts[i] : 0;
+            if (s->place_of)
+                expert = expert >= 0 && expert < s->num_places ? s->place_of[expert] : -1;
+            if (expert < 0 || expert >= num_experts)
+                return "a slot names an expert that is not here";
+            if (row_of(s, i) < 0 || row_of(s, i) >= num_x_rows)
+                return "slot_rows points outside the rows of x";
+            if (pass == 0)
+                f->offsets[expert + 1]++;
+            else
+                f->order[next[expert]++] = (int32_t)i;
+        }
+        for (int64_t e = 0; pass == 0 && e < num_experts; e++) {
+            next[e] = f->offsets[e];
+            f->offsets[e + 1] += f->offsets[e];
+        }
+    }
+    return NULL;
+}
+
+static void list_busy(Ffn *f)
+{
+    f->num_busy = 0;
+    f->starts[0] = 0;
+    for (int64_t e = 0; e < f->experts->num_experts; e++) {
+        const int64_t slots = f->offsets[e + 1] - f->offsets[e];
+        if (slots == 0)
+            continue;
+        f->busy[f->num_busy] = e;
+        f->starts[f->num_busy + 1] = f->starts[f->num_busy] + (slots + ROW_CHUNK - 1) / ROW_CHUNK;
+        f->num_busy++;
+    }
+}
+
+const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows, const Slots *slots, float *y)
+{
+    const int64_t width = round_up(e->up.num_out, PANEL), hidden = e->down.num_out, num_slots = slots->num_slots;
+    const int64_t middle_bytes = round_up(num_slots * width * (int64_t)sizeof(float), 64);
+    const int64_t lists = (3 * e->num_experts + 2) * (int64_t)sizeof(int64_t) + num_slots * (int64_t)sizeof(int32_t);
+    char *buffer = pool_buffer(0, middle_bytes + lists);
+    if (!buffer || pool_reserve((2 * ROW_CHUNK * PANEL + stack_floats(&e->down)) * (int64_t)sizeof(float)) != 0)
+        return out_of_memory;
+    Ffn f = {.experts = e, .slots = slots, .x = x, .middle = (float *)buffer, .y = y, .width = width};
+    f.offsets = (int64_t *)(buffer + middle_bytes);
+    f.busy = f.offsets + e->num_experts + 1;
+    f.starts = f.busy + e->num_experts;
+    f.order = (int32_t *)(f.starts + e->num_experts + 1);
+    const char *wrong = sort_slots(&f, num_x_rows);
+    if (wrong || num_slots == 0)
+        return wrong;
+    list_busy(&f);
+    const int64_t chunks = f.starts[f.num_busy];
+    const int alone = is_small(num_slots, 3 * width * hidden);
+    f.num_panels = width / PANEL;
+    pool_run(up_task, &f, chunks * f.num_panels, alone);
+    f.num_panels = (hidden + PANEL - 1) / PANEL;
+    pool_run(down_task, &f, chunks * f.num_panels, alone);
+    return NULL;
+}
+
+const char *op_moe(const Experts *e, const float *x, int64_t num_rows, const Slots *slots, const float *weights,
+                   const float *base, float *y)
+{
+    const int64_t hidden = e->down.num_out;
+    float *answers = pool_buffer(1, (slots->num_slots * hidden + 1) * (int64_t)sizeof(float));
+    if (!answers)
+        return out_of_memory;
+    const char *wrong = op_grouped_ffn(e, x, num_rows, slots, answers);
+    return wrong ? wrong
+                 : op_combine(answers, slots->num_slots, NULL, weights, base, y, num_rows, slots->top_k, hidden);
+}
+
+const char *op_gate(const Matrix *weight, const float *x, Route *r, int64_t *counts)
+{
+    float *logits = pool_buffer(1, (r->num_rows * r->num_experts + 1) * (int64_t)sizeof(float));
+    if (!logits)
+        return out_of_memory;
+    const char *wrong = op_linear(weight, x, r->num_rows, logits);
+    r->logits = logits;
+    if (!wrong)
+        wrong = op_route(r);
+    for (int64_t i = 0; !wrong && counts && i < r->num_rows * r->top_k; i++)
+        counts[r->ids[i]]++;
+    return wrong;
+}

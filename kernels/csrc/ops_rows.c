@@ -1,0 +1,251 @@
+/* Drivers of everything but the matrix products: rows, routing, attention, packing. */
+#define _GNU_SOURCE
+#include <string.h>
+
+#include "ops.h"
+#include "pool.h"
+
+#define SMALL_WORK (1 << 15) /* elements not worth waking a worker for */
+
+const char out_of_memory[] = "out of memory for kernel scratch";
+
+static const KernelTable *table;
+
+static const KernelTable *variant(const char *isa)
+{
+#if defined(__x86_64__)
+    if (strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c"))
+        return &kernels_avx512;
+    if (strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        return &kernels_avx2;
+    if (strcmp(isa, "generic") == 0 && __builtin_cpu_supports("fma"))
+        return &kernels_generic;
+#elif defined(HAVE_GENERIC)
+    if (strcmp(isa, "generic") == 0)
+        return &kernels_generic;
+#endif
+    return NULL;
+}
+
+const char *op_select(const char *isa)
+{
+    static const char *const names[] = {"avx512", "avx2", "generic"};
+    const KernelTable *found = isa ? variant(isa) : NULL;
+    for (int i = 0; !isa && !found && i < 3; i++)
+        found = variant(names[i]);
+    if (!found)
+        return "this processor does not run that instruction set";
+    table = found;
+    return NULL;
+}
+
+const KernelTable *op_table(void) { return table; }
+
+typedef struct {
+    const float *x, *weight;
+    float *y, *sum; /* sum: x, to be changed */
+    int64_t *indices;
+    int64_t n;
+    float eps;
+} Rows;
+
+static void rms_norm_task(const void *argument, int64_t row, void *scratch)
+{
+    const Rows *r = argument;
+    (void)scratch;
+    table->rms_norm(r->x + row * r->n, r->weight, r->y + row * r->n, r->n, r->eps);
+}
+
+static void add_rms_norm_task(const void *argument, int64_t row, void *scratch)
+{
+    const Rows *r = argument;
+    float *sum = r->sum + row * r->n;
+    (void)scratch;
+    for (int64_t i = 0; i < r->n; i++)
+        sum[i] += r->x[row * r->n + i];
+    table->rms_norm(sum, r->weight, r->y + row * r->n, r->n, r->eps);
+}
+
+static void log_softmax_task(const void *argument, int64_t row, void *scratch)
+{
+    const Rows *r = argument;
+    (void)scratch;
+    table->log_softmax(r->x + row * r->n, r->y + row * r->n, r->n);
+}
+
+static void argmax_task(const void *argument, int64_t row, void *scratch)
+{
+    const Rows *r = argument;
+    (void)scratch;
+    r->indices[row] = table->argmax(r->x + row * r->n, r->n);
+}
+
+static const char *run_rows(PoolTask task, const Rows *r, int64_t num_rows)
+{
+    pool_run(task, r, num_rows, num_rows * r->n <= SMALL_WORK);
+    return NULL;
+}
+
+const char *op_rms_norm(const float *x, const float *weight, float *y, int64_t num_rows, int64_t n, float eps)
+{
+    return run_rows(rms_norm_task, &(Rows){.x = x, .weight = weight, .y = y, .n = n, .eps = eps}, num_rows);
+}
+
+const char *op_add_rms_norm(float *x, const float *y, const float *weight, float *out, int64_t num_rows, int64_t n,
+                            float eps)
+{
+    Rows r = {.x = y, .weight = weight, .y = out, .sum = x, .n = n, .eps = eps};
+    return run_rows(add_rms_norm_task, &r, num_rows);
+}
+
+const char *op_log_softmax(const float *x, float *y, int64_t num_rows, int64_t n)
+{
+    return run_rows(log_softmax_task, &(Rows){.x = x, .y = y, .n = n}, num_rows);
+}
+
+const char *op_argmax(const float *x, int64_t *y, int64_t num_rows, int64_t n)
+{
+    return run_rows(argmax_task, &(Rows){.x = x, .indices = y, .n = n}, num_rows);
+}
+
+/* Rotary embedding (Su et al., arXiv 2104.09864): pair i is (2i, 2i+1) if interleave, else (i, width/2 + i). */
+const char *op_rope(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
+                    int64_t width, const float *cosine, const float *sine, int interleave)
+{
+    const int64_t half = width / 2, step = interleave ? 2 : 1, other = interleave ? 1 : half;
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t head = 0; head < num_heads; head++) {
+            float *v = x + row * row_stride + head * head_stride;
+            for (int64_t i = 0; i < half; i++) {
+                const float c = cosine[row * half + i], s = sine[row * half + i];
+                const float first = v[i * step], second = v[i * step + other];
+                v[i * step] = first * c - second * s;
+                v[i * step + other] = second * c + first * s;
+            }
+        }
+    return NULL;
+}
+
+static void route_task(const void *argument, int64_t row, void *scratch) { table->route(argument, row, scratch); }
+
+const char *op_route(const Route *r)
+{
+    if (pool_reserve(route_scratch(r->num_experts) * (int64_t)sizeof(float)) != 0)
+        return out_of_memory;
+    pool_run(route_task, r, r->num_rows, r->num_rows * r->num_experts * (r->top_k + 4) <= SMALL_WORK);
+    return NULL;
+}
+
+typedef struct {
+    const float *rows, *weights, *base;
+    const int32_t *slots;
+    float *y;
+    int64_t top_k, n;
+} Combine;
+
+static void combine_task(const void *argument, int64_t row, void *scratch)
+{
+    const Combine *c = argument;
+    const int64_t at = row * c->top_k;
+    int32_t *in_order = scratch; /* without slots */
+    for (int64_t k = 0; !c->slots && k < c->top_k; k++)
+        in_order[k] = (int32_t)k;
+    table->combine(c->slots ? c->rows : c->rows + at * c->n, c->slots ? c->slots + at : in_order, c->weights + at,
+                   c->top_k, c->base ? c->base + row * c->n : NULL, c->y + row * c->n, c->n);
+}
+
+const char *op_combine(const float *rows, int64_t num_slots, const int32_t *slots, const float *weights,
+                       const float *base, float *y, int64_t num_rows, int64_t top_k, int64_t n)
+{
+    for (int64_t i = 0; slots && i < num_rows * top_k; i++)
+        if (slots[i] < 0 || slots[i] >= num_slots)
+            return "slot_index points outside the answered rows";
+    if (pool_reserve(top_k * (int64_t)sizeof(int32_t)) != 0)
+        return out_of_memory;
+    Combine c = {rows, weights, base, slots, y, top_k, n};
+    pool_run(combine_task, &c, num_rows, num_rows * top_k * n <= SMALL_WORK);
+    return NULL;
+}
+
+typedef struct {
+    const float *const *parts;
+    float *y;
+    int64_t num_parts, n;
+} TreeAdd;
+
+static void tree_add_task(const void *argument, int64_t block, void *scratch)
+{
+    const TreeAdd *t = argument;
+    const int64_t start = block * SMALL_WORK, stop = start + SMALL_WORK;
+    (void)scratch;
+    table->tree_add(t->parts, t->num_parts, t->y, start, stop < t->n ? stop : t->n);
+}
+
+const char *op_tree_add(const float *const *parts, int64_t num_parts, float *y, int64_t n)
+{
+    TreeAdd t = {parts, y, num_parts, n};
+    pool_run(tree_add_task, &t, (n + SMALL_WORK - 1) / SMALL_WORK, 0);
+    return NULL;
+}
+
+static const char *check_attention(const Attention *a)
+{
+    for (int64_t t = 0; t < a->num_rows; t++) {
+        if (a->row_seq[t] < 0 || a->row_seq[t] >= a->num_seqs)
+            return "row_seq names a sequence without a block table";
+        if (a->positions[t] < 0 || a->positions[t] / KEY_BLOCK >= a->max_blocks)
+            return "a position lies outside its block table";
+        const int32_t *blocks = a->tables + a->row_seq[t] * a->max_blocks;
+        for (int64_t b = 0; b <= a->positions[t] / KEY_BLOCK; b++)
+            if (blocks[b] < 0 || blocks[b] >= a->num_blocks)
+                return "a block table names a block outside the cache";
+    }
+    return NULL;
+}
+
+#define TILE_LINES 64 /* (row, head) pairs that go through the keys together */
+
+typedef struct {
+    const Attention *attention;
+    const int64_t *first_rows; /* of each tile, and the end */
+    int64_t heads_at_once, head_groups;
+} AttentionJob;
+
+static void attention_task(const void *argument, int64_t index, void *scratch)
+{
+    const AttentionJob *j = argument;
+    const int64_t tile = index / j->head_groups, group = index % j->head_groups, heads = j->attention->num_heads;
+    const int64_t head = group * j->heads_at_once, left = heads - head;
+    const AttentionTile t = {j->first_rows[tile], j->first_rows[tile + 1] - j->first_rows[tile], head,
+                             left < j->heads_at_once ? left : j->heads_at_once};
+    table->attend(j->attention, &t, scratch);
+}
+
+static int64_t cut_rows(const Attention *a, int64_t most, int64_t *first_rows)
+{
+    int64_t num_tiles = 0;
+    for (int64_t t = 0; t < a->num_rows; t++)
+        if (t == 0 || a->row_seq[t] != a->row_seq[t - 1] || t - first_rows[num_tiles - 1] >= most)
+            first_rows[num_tiles++] = t;
+    first_rows[num_tiles] = a->num_rows;
+    return num_tiles;
+}
+
+const char *op_attention(const Attention *a)
+{
+    const char *wrong = check_attention(a);
+    if (wrong || a->num_rows == 0)
+        return wrong;
+    int64_t *first_rows = pool_buffer(0, (a->num_rows + 1) * (int64_t)sizeof(int64_t));
+    int64_t heads = a->num_heads < TILE_LINES ? a->num_heads : TILE_LINES;
+    if (!first_rows || pool_reserve(attend_scratch(a, TILE_LINES) * (int64_t)sizeof(float)) != 0)
+        return out_of_memory;
+    const int64_t num_tiles = cut_rows(a, TILE_LINES / heads, first_rows);
+    while (heads > 4 && num_tiles * ((a->num_heads + heads - 1) / heads) < pool_num_threads())
+        heads = (heads + 1) / 2;
+    AttentionJob job = {a, first_rows, heads, (a->num_heads + heads - 1) / heads};
+    pool_run(attention_task, &job, num_tiles * job.head_groups, 0);
+    return NULL;
+}

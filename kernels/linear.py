@@ -1,0 +1,143 @@
+"""Linear layers: y = x W^T with W packed once and read many times.
+
+Legend: T rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import panels, reference
+from kernels.runtime import native, native_available, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedLinear:
+    """A weight [num_out, num_in] ready for `linear`: panels for the C kernels, or the plain weight elsewhere."""
+
+    num_out: int
+    num_in: int
+    num_shards: int
+    dtype: torch.dtype
+    device: torch.device
+    weight: torch.Tensor  # panels (bytes) if native, else [N, K]
+    scale: panels.BlockScale | None
+    panel_scales: torch.Tensor | None
+    matrix: torch.Tensor | None  # struct Matrix of csrc/kernels.h; None: not native
+    address: int  # of matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight and its scales occupy."""
+        scales = 0 if self.scale is None else self.scale.scale_inv.nbytes
+        return self.weight.nbytes + scales + (0 if self.panel_scales is None else self.panel_scales.nbytes)
+
+    def dense(self) -> torch.Tensor:
+        """The weight as float32 [num_out, num_in], a copy."""
+        weight = self.weight
+        if self.matrix is not None:
+            stride = panels.panel_bytes(self.num_in, self.dtype)
+            weight = panels.unpack(weight, self.num_out, self.num_in, dtype=self.dtype, panel_stride=stride)
+        return panels.dequantize(weight, self.scale)
+
+
+def pack_linear(
+    weight_NK: torch.Tensor,
+    *,
+    scale_inv: torch.Tensor | None = None,
+    block: tuple[int, int] = (128, 128),
+    offset: tuple[int, int] = (0, 0),
+    num_shards: int = 1,
+    device: torch.device | str = "cpu",
+) -> PackedLinear:
+    """Pack a weight; the result owns its memory.
+
+    float8_e4m3fn needs `scale_inv`, the scales of exactly the blocks (`block` rows by columns) that the weight
+    touches; `offset` is the (row, column) of the weight's first element in the matrix that the blocks were laid over,
+    so that a slice computes the same bits as its part of the whole. With num_shards > 1 (a power of two that divides
+    K) the sum over K is cut in that many equal pieces, added in a balanced binary tree: the product of whole and
+    `tree_add` of the products of its aligned power-of-two parts are equal to the bit. Raises ValueError.
+    """
+    num_out, num_in = _check_shape(weight_NK, num_shards)
+    scale = _scale_of(weight_NK, scale_inv, block, offset)
+    device = torch.device(device)
+    panel_scales = matrix = None
+    if device.type == "cpu" and native_available():
+        weight, panel_scales, matrix = _to_panels(weight_NK, scale, num_shards)
+    else:
+        weight = weight_NK.to(device, copy=True).contiguous()
+        scale = None if scale is None else scale.to(device)
+    return PackedLinear(
+        num_out=num_out,
+        num_in=num_in,
+        num_shards=num_shards,
+        dtype=weight_NK.dtype,
+        device=device,
+        weight=weight,
+        scale=scale,
+        panel_scales=panel_scales,
+        matrix=matrix,
+        address=0 if matrix is None else matrix.data_ptr(),
+    )
+
+
+def linear(x_TK: torch.Tensor, packed: PackedLinear, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """y_TN = x W^T in float32. Each row's bits depend on that row alone. `out` receives the result if given."""
+    require(x_TK, "x", (None, packed.num_in))
+    if packed.matrix is None:
+        y_TN = reference.linear(x_TK, packed)
+        return y_TN if out is None else out.copy_(y_TN)
+    num_rows = x_TK.shape[0]
+    if out is None:
+        out = torch.empty((num_rows, packed.num_out))
+    else:
+        require(out, "out", (num_rows, packed.num_out))
+    native.linear(packed.address, x_TK.data_ptr(), num_rows, out.data_ptr())
+    return out
+
+
+def _check_shape(weight_NK: torch.Tensor, num_shards: int) -> tuple[int, int]:
+    if weight_NK.dim() != 2 or 0 in weight_NK.shape:
+        raise ValueError(f"weight has shape {tuple(weight_NK.shape)}, must be (outputs, inputs), neither of them 0")
+    panels.check_weight_dtype(weight_NK.dtype)
+    num_out, num_in = weight_NK.shape
+    if num_shards < 1 or num_shards & (num_shards - 1) or num_in % num_shards:
+        raise ValueError(f"num_shards is {num_shards}; must be a power of two that divides the {num_in} inputs")
+    return num_out, num_in
+
+
+def _scale_of(
+    weight_NK: torch.Tensor, scale_inv: torch.Tensor | None, block: tuple[int, int], offset: tuple[int, int]
+) -> panels.BlockScale | None:
+    if (weight_NK.dtype == torch.float8_e4m3fn) != (scale_inv is not None):
+        given = "without" if scale_inv is None else "with"
+        raise ValueError(f"weight is {weight_NK.dtype} {given} scale_inv; float8_e4m3fn needs it, others have none")
+    if scale_inv is None:
+        return None
+    scale = panels.BlockScale(
+        scale_inv=scale_inv.float().contiguous(),
+        rows=block[0],
+        cols=block[1],
+        row_phase=offset[0] % block[0],
+        col_phase=offset[1] % block[1],
+    )
+    scale.check(*weight_NK.shape)
+    return scale
+
+
+def _to_panels(
+    weight_NK: torch.Tensor, scale: panels.BlockScale | None, num_shards: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Panels, scales as the kernel reads them, and the struct Matrix that points at both."""
+    (num_out, num_in), dtype = weight_NK.shape, weight_NK.dtype
+    stride = panels.panel_bytes(num_in, dtype)
+    data = panels.allocate(panels.num_panels(num_out) * stride)
+    panels.pack_into(data, weight_NK, stride)
+    fields = panels.matrix_fields(data.data_ptr(), dtype, num_out, num_in, num_shards=num_shards, panel_stride=stride)
+    panel_scales = None
+    if scale is not None:
+        panel_scales = scale.for_panels(num_out)
+        panels.set_scale_fields(fields, panel_scales.data_ptr(), panel_scales[0].numel(), scale)
+    return data, panel_scales, torch.tensor(fields, dtype=torch.int64)

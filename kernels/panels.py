@@ -1,0 +1,142 @@
+"""Weights in panels: the memory layout that the C kernels read (csrc/kernels.h, Matrix).
+
+Legend: N rows of a weight (outputs), K columns (inputs), P panels = ceil(N / 32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.runtime import native
+
+PANEL = 32
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+_INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
+_HUGE_PAGE = 2 << 20
+
+
+def check_weight_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless the kernels read weights of this dtype."""
+    if dtype not in KINDS:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in KINDS)
+        raise ValueError(f"weights of dtype {dtype} are not supported; convert them to one of {known}")
+
+
+def num_panels(num_out: int) -> int:
+    return -(-num_out // PANEL)
+
+
+def panel_bytes(num_in: int, dtype: torch.dtype) -> int:
+    """Bytes of one panel of a matrix with num_in columns."""
+    return num_in * PANEL * dtype.itemsize
+
+
+def allocate(num_bytes: int) -> torch.Tensor:
+    """Uninitialised bytes, aligned and on huge pages where that is worth it (fewer TLB misses when streaming)."""
+    if num_bytes < 2 * _HUGE_PAGE or native is None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    whole = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    data = whole[start : start + num_bytes]
+    native.advise_huge_pages(data.data_ptr(), num_bytes)
+    return data
+
+
+def pack_into(panels: torch.Tensor, weight_NK: torch.Tensor, panel_stride: int) -> None:
+    """Copy a weight (CPU, last dim contiguous) to panels that begin at panels[0], panel_stride bytes apart."""
+    if weight_NK.stride(1) != 1:
+        weight_NK = weight_NK.contiguous()
+    num_out, num_in = weight_NK.shape
+    size = weight_NK.element_size()
+    native.pack(
+        weight_NK.data_ptr(),
+        weight_NK.stride(0) * size,
+        num_out,
+        num_in,
+        size,
+        int(weight_NK.dtype in _INTERLEAVED),
+        int(weight_NK.dtype == torch.float8_e4m3fn),
+        panels.data_ptr(),
+        panel_stride,
+    )
+
+
+def unpack(panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtype, panel_stride: int) -> torch.Tensor:
+    """The weight [N, K] that pack_into was given."""
+    size = panel_bytes(num_in, dtype)
+    rows = panels.as_strided((num_panels(num_out), size), (panel_stride, 1))
+    stored_PKC = rows.reshape(-1, num_in, PANEL, dtype.itemsize)
+    column = torch.arange(PANEL)
+    place = torch.where(column < 16, 2 * column, 2 * column - 31) if dtype in _INTERLEAVED else column
+    weight = stored_PKC[:, :, place].transpose(1, 2).reshape(-1, num_in, dtype.itemsize)[:num_out]
+    return weight.contiguous().view(dtype).view(num_out, num_in)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockScale:
+    """Scales of an fp8 weight [N, K], one for each block of `rows` by `cols` elements.
+
+    Element (n, k) is worth weight * scale_inv[(n + row_phase) // rows, (k + col_phase) // cols]; the phases say where
+    the weight lies in its first block when it is a slice of a larger matrix.
+    """
+
+    scale_inv: torch.Tensor
+    rows: int
+    cols: int
+    row_phase: int = 0
+    col_phase: int = 0
+
+    def check(self, num_out: int, num_in: int) -> None:
+        """Raise ValueError unless the scales cover exactly the blocks that a weight [num_out, num_in] touches."""
+        want = (-(-(num_out + self.row_phase) // self.rows), -(-(num_in + self.col_phase) // self.cols))
+        have = tuple(self.scale_inv.shape)
+        if have != want:
+            raise ValueError(
+                f"scale_inv has shape {have}, must be {want} for a weight of ({num_out}, {num_in}) at offset "
+                f"({self.row_phase}, {self.col_phase}) of its block of ({self.rows}, {self.cols}); "
+                "pass the scales of exactly the blocks that the weight touches"
+            )
+
+    def to(self, device: torch.device) -> BlockScale:
+        """The same scales on another device."""
+        return replace(self, scale_inv=self.scale_inv.to(device))
+
+    def expand(self, num_out: int, num_in: int) -> torch.Tensor:
+        """The scale of each element, [N, K]."""
+        device = self.scale_inv.device
+        row = (torch.arange(num_out, device=device) + self.row_phase) // self.rows
+        col = (torch.arange(num_in, device=device) + self.col_phase) // self.cols
+        return self.scale_inv.float()[row][:, col]
+
+    def scale_width(self) -> int:
+        """1 when all columns of any panel share their scale, else 32."""
+        return 1 if self.rows % PANEL == 0 and self.row_phase % PANEL == 0 else PANEL
+
+    def for_panels(self, num_out: int) -> torch.Tensor:
+        """The scales as the kernel reads them: [P, blocks along K, scale_width]."""
+        width = self.scale_width()
+        first = torch.arange(num_panels(num_out) * width) * (PANEL // width)
+        row = (first.clamp(max=num_out - 1) + self.row_phase) // self.rows
+        scales = self.scale_inv.float()[row]
+        return scales.view(-1, width, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def dequantize(weight_NK: torch.Tensor, scale: BlockScale | None) -> torch.Tensor:
+    """The weight in float32, fp8 elements multiplied with their block's scale."""
+    dense = weight_NK.float()
+    return dense if scale is None else dense * scale.expand(*weight_NK.shape)
+
+
+def matrix_fields(
+    panels_at: int, dtype: torch.dtype, num_out: int, num_in: int, *, num_shards: int = 1, panel_stride: int
+) -> list[int]:
+    """The struct Matrix without scales, as int64 words in the order of csrc/kernels.h."""
+    return [panels_at, 0, KINDS[dtype], num_out, num_in, num_shards, panel_stride, 0, 0, 0, 1]
+
+
+def set_scale_fields(fields: list[int], scales_at: int, scale_stride: int, scale: BlockScale) -> None:
+    """Fill in the fields of a Matrix that fp8 needs; scale_stride is the number of scales of one panel."""
+    fields[1] = scales_at
+    fields[7:11] = [scale_stride, scale.cols, scale.col_phase, scale.scale_width()]

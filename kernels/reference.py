@@ -1,0 +1,209 @@
+"""The same operations in plain torch, on any device: the oracle of the tests, and the path where the C kernels are not.
+
+Equal to the C kernels up to rounding, but not batch-invariant. Same signatures; see there for the contracts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from kernels.experts import PackedExperts
+    from kernels.heads import PackedHeads
+    from kernels.linear import PackedLinear
+    from kernels.mla import AttentionBatch, MlaWeights
+
+
+def linear(x_TK: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    shards = zip(x_TK.chunk(packed.num_shards, 1), packed.dense().chunk(packed.num_shards, 1), strict=True)
+    return tree_add([x @ weight.T for x, weight in shards])
+
+
+def head_linear(x_TnK: torch.Tensor, packed: PackedHeads) -> torch.Tensor:
+    return torch.einsum("tnk,njk->tnj", x_TnK, packed.dense())
+
+
+def grouped_ffn(
+    x_TH: torch.Tensor, experts: PackedExperts, slot_rows_S: torch.Tensor, slot_experts_S: torch.Tensor
+) -> torch.Tensor:
+    y_SH = torch.empty((slot_rows_S.shape[0], experts.hidden), device=x_TH.device)
+    for expert in sorted(set(slot_experts_S.tolist())):
+        slots = (slot_experts_S == expert).nonzero()[:, 0]
+        gate, up, down = experts.dense(expert)
+        x = x_TH[slot_rows_S[slots].long()]
+        y_SH[slots] = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    return y_SH
+
+
+def moe(
+    x_TH: torch.Tensor,
+    experts: PackedExperts,
+    routed: tuple[torch.Tensor, torch.Tensor],
+    base_TH: torch.Tensor | None,
+) -> torch.Tensor:
+    ids_TK, weights_TK = routed
+    slots_TK = torch.arange(ids_TK.numel(), dtype=torch.int32, device=x_TH.device).view(ids_TK.shape)
+    rows_SH = grouped_ffn(x_TH, experts, (slots_TK // ids_TK.shape[1]).flatten(), ids_TK.flatten())
+    return combine(rows_SH, slots_TK, weights_TK, base_TH)
+
+
+def mla_project(x_OH: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, first_row: int) -> torch.Tensor:
+    rows, width = slice(first_row, first_row + x_OH.shape[0]), weights.latent_width
+    latent = _biased(linear(x_OH, weights.latent_down), weights.latent_down_bias)
+    key = latent[:, None, width:].contiguous()
+    rope_(key, batch.cos[rows], batch.sin[rows], weights.interleave)
+    query = x_OH
+    if weights.query_down is not None and weights.query_norm is not None:
+        down = _biased(linear(x_OH, weights.query_down), weights.query_down_bias)
+        query = rms_norm(down, weights.query_norm, weights.eps)
+    return torch.cat((query, rms_norm(latent[:, :width], weights.latent_norm, weights.eps), key[:, 0]), 1)
+
+
+def mla_attend(
+    rows_TD: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, cache: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    query_TQ, keys = rows_TD.split_with_sizes([weights.query_width, cache.shape[2]], 1)
+    cache.view(-1, cache.shape[2]).index_copy_(0, batch.slots, keys)
+    q_TnK = linear(query_TQ, weights.query_up).view(batch.num_rows, weights.num_heads, -1)
+    q_plain, q_rope = q_TnK.split_with_sizes([weights.key_up.num_in, weights.rope_width], 2)
+    rope_(q_rope, batch.cos, batch.sin, weights.interleave)
+    o_TnC = mla_attention(
+        head_linear(q_plain, weights.key_up),
+        q_rope,
+        cache,
+        batch.block_tables,
+        batch.row_sequence,
+        batch.positions,
+        weights.scale,
+    )
+    values = head_linear(o_TnC, weights.value_up).flatten(1)
+    columns = values.split_with_sizes([part.num_in for part in weights.output], 1)
+    return tuple(linear(x, part) for x, part in zip(columns, weights.output, strict=True))
+
+
+def _biased(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y if bias is None else y + bias
+
+
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight_H * (x_TH * torch.rsqrt(x_TH.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def rope_(x_TnR: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, interleave: bool) -> torch.Tensor:
+    half = x_TnR.shape[2] // 2
+    first, second = (x_TnR[..., 0::2], x_TnR[..., 1::2]) if interleave else (x_TnR[..., :half], x_TnR[..., half:])
+    cos, sin = cos_TR2[:, None], sin_TR2[:, None]
+    rotated = first * cos - second * sin, second * cos + first * sin
+    first.copy_(rotated[0])
+    second.copy_(rotated[1])
+    return x_TnR
+
+
+def route(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    top_k: int,
+    scoring: str,
+    method: str,
+    normalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_TE = logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(-1)
+    choice_TE = scores_TE if bias_E is None or method != "noaux_tc" else scores_TE + bias_E
+    if method != "greedy" and num_groups > 1:
+        grouped = choice_TE.view(choice_TE.shape[0], num_groups, -1)
+        best_of = min(2, grouped.shape[2]) if method == "noaux_tc" else 1
+        group_scores = grouped.topk(best_of, -1).values.sum(-1)
+        outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, _best(group_scores, topk_groups), False)
+        masked = float("-inf") if method == "noaux_tc" else 0.0
+        choice_TE = grouped.masked_fill(outside[..., None], masked).flatten(1)
+    ids_TK = _best(choice_TE, top_k)
+    weights_TK = (choice_TE if method == "group_limited_greedy" else scores_TE).gather(1, ids_TK)
+    if normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return ids_TK.int(), weights_TK * scale
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest, the lowest index of equals first (topk leaves that open)."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def plan_slots(
+    ids_TK: torch.Tensor, rank_of_E: torch.Tensor, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int], list[int]]:
+    ids = ids_TK.flatten().long()
+    _check_below(ids, rank_of_E.shape[0], "expert")
+    ranks = rank_of_E.long()[ids]
+    _check_below(ranks, num_ranks, "rank")
+    positions = ranks.argsort(stable=True)
+    ranks, tokens = ranks[positions], positions // ids_TK.shape[1]
+    is_first = torch.ones_like(ranks, dtype=torch.bool)
+    is_first[1:] = (ranks[1:] != ranks[:-1]) | (tokens[1:] != tokens[:-1])
+    row_counts = ranks[is_first].bincount(minlength=num_ranks)
+    rows = is_first.cumsum(0) - 1 - (row_counts.cumsum(0) - row_counts)[ranks]
+    places = torch.empty_like(positions).index_copy_(0, positions, torch.arange(len(positions)))
+    slot_counts = ranks.bincount(minlength=num_ranks).tolist()
+    tensors = [t.int() for t in (tokens[is_first], rows, ids[positions], positions, places)]
+    return tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], slot_counts, row_counts.tolist()
+
+
+def _check_below(values: torch.Tensor, limit: int, name: str) -> None:
+    wrong = values[(values < 0) | (values >= limit)]
+    if len(wrong):
+        raise ValueError(f"{name} {int(wrong[0])} is outside 0 to {limit - 1}: router and placement disagree")
+
+
+def mla_attention(
+    q_latent_TnC: torch.Tensor,
+    q_rope_TnR: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_seq: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    out_TnC = torch.empty_like(q_latent_TnC, memory_format=torch.contiguous_format)
+    query = torch.cat((q_latent_TnC, q_rope_TnR), -1)
+    for seq in sorted(set(row_seq.tolist())):
+        rows = (row_seq == seq).nonzero()[:, 0]
+        last = positions[rows]
+        length = int(last.max()) + 1
+        blocks = block_tables[seq, : -(-length // cache.shape[1])].long()
+        keys_LD = cache[blocks].flatten(0, 1)[:length]
+        scores_TnL = (query[rows] @ keys_LD.T) * scale
+        hidden = torch.arange(length, device=cache.device) > last[:, None]
+        weights_TnL = scores_TnL.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+        out_TnC[rows] = weights_TnL @ keys_LD[:, : q_latent_TnC.shape[2]]
+    return out_TnC
+
+
+def combine(
+    rows_SH: torch.Tensor, slot_index_TK: torch.Tensor, weights_TK: torch.Tensor, base_TH: torch.Tensor | None
+) -> torch.Tensor:
+    shape = (slot_index_TK.shape[0], rows_SH.shape[1])
+    y_TH = torch.zeros(shape, device=rows_SH.device) if base_TH is None else base_TH
+    for index_T, weight_T in zip(slot_index_TK.long().unbind(1), weights_TK.unbind(1), strict=True):
+        y_TH = torch.addcmul(y_TH, weight_T[:, None], rows_SH[index_T])
+    return y_TH
+
+
+def log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
+    return logits_TV.log_softmax(-1)
+
+
+def argmax(logits_TV: torch.Tensor) -> torch.Tensor:
+    return logits_TV.argmax(-1)
+
+
+def tree_add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return tree_add([left + right for left, right in zip(parts[::2], parts[1::2], strict=True)])

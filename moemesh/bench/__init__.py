@@ -1,0 +1,1 @@
+"""The benchmark commands: `moemesh bench engine`, `serve` and `dispatch`."""

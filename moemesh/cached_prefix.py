@@ -1,0 +1,69 @@
+"""What one sequence takes from the prefix cache, and what it leaves there. Decides only.
+
+A block is published as soon as all its positions are computed, be they prompt or generated, and may then be shared by
+any sequence that begins with the same tokens. What is taken is never the whole sequence: at least its last token is
+computed, because its logits are needed.
+"""
+
+from __future__ import annotations
+
+from attention.block_hash import block_hashes, chain_root
+from attention.block_pool import BlockPool
+from moemesh.sequence import Sequence
+
+
+class CachedPrefix:
+    """The named blocks of one sequence.
+
+    `key`: what latents depend on beside the tokens and the sequence's salt; None: nothing is published, nor found.
+    """
+
+    def __init__(self, sequence: Sequence, pool: BlockPool, key: str | None) -> None:
+        self.enabled = key is not None
+        self._sequence = sequence
+        self._pool = pool
+        self._root = chain_root(key or "", sequence.cache_salt)
+        self._names: list[bytes] = []
+        self._num_settled = 0  # blocks of its table that are published, taken from the cache, or there already
+
+    def find(self) -> list[int]:
+        """The cached blocks that the sequence could begin with. Changes nothing."""
+        if not self.enabled:
+            return []
+        most = (self._sequence.num_tokens - 1) // self._pool.block_size
+        self._name(most)
+        return self._pool.find(self._names[:most])
+
+    def continues_in(self, other: CachedPrefix, num_cached: int) -> bool:
+        """Whether `other` is about to compute the block that comes after `num_cached` cached ones of this sequence.
+
+        Equal names stand at equal places, for they cover all that comes before.
+        """
+        return (
+            other._num_settled <= num_cached < min(len(self._names), len(other._names))
+            and self._names[num_cached] == other._names[num_cached]
+        )
+
+    def take(self, blocks: list[int]) -> None:
+        """Begin the sequence, which has no blocks, with some just found, or with none."""
+        self._pool.share(blocks)
+        self._sequence.block_table += blocks
+        self._sequence.num_computed = len(blocks) * self._pool.block_size
+        self._num_settled = len(blocks)
+
+    def publish(self) -> None:
+        """Publish the blocks that the sequence has filled since the last call."""
+        num_full = self._sequence.num_computed // self._pool.block_size
+        if not self.enabled or num_full == self._num_settled:
+            return
+        self._name(num_full)
+        for index in range(self._num_settled, num_full):
+            self._pool.publish(self._sequence.block_table[index], self._names[index])
+        self._num_settled = num_full
+
+    def _name(self, num_blocks: int) -> None:
+        """Names for the first `num_blocks` blocks of the sequence."""
+        size, named = self._pool.block_size, len(self._names)
+        if num_blocks > named:
+            parent = self._names[-1] if named else self._root
+            self._names += block_hashes(parent, self._sequence.token_ids(named * size, num_blocks * size), size)

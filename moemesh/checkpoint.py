@@ -1,0 +1,313 @@
+"""A checkpoint: a folder of safetensors files, opened by their headers and read by slices.
+
+Opening closes the first book: every tensor of the model is there, whole, with the right shape and a dtype that is
+served, and no tensor is there that nobody reads. `LoadLedger` closes the second, a rank's own: it read exactly what it
+hosts and filled every parameter.
+Shapes: N x K matrices, N rows out, K columns in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mesh_config import ConfigError, Fp8BlockConfig, ModelConfig
+from mesh_config.fields import read_json_object
+from moemesh.shard_file import CheckpointError, TensorInfo, read_shard_header
+from moemesh.weight_names import EMBEDDING, HEAD, SCALE_SUFFIX, can_be_fp8, expected_tensors, set_aside
+
+__all__ = ["Checkpoint", "CheckpointError", "LoadLedger", "StoredWeight", "TensorInfo"]
+
+INDEX_NAME = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+FP8_DTYPE = "F8_E4M3"
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """A matrix, or a slice of one, as stored.
+
+    float8_e4m3fn values come with `scale_inv`, the float32 factors of exactly the blocks (`block` rows by columns) that
+    they touch; others have None. `offset` is the (row, column) of the first element in the whole matrix.
+    """
+
+    values: torch.Tensor
+    scale_inv: torch.Tensor | None = None
+    block: tuple[int, int] = (1, 1)
+    offset: tuple[int, int] = (0, 0)
+
+
+class Checkpoint:
+    """The tensors of a model folder. Reading maps the file and touches only the pages of the slice; a returned tensor
+    may be a view of the mapping and must not be written to.
+
+    Attributes: `tensors` (name -> TensorInfo of all that is served, scales included), `set_aside` (names recognised
+    and not served), `bytes_read` (so far, by slices).
+    """
+
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        """Reads the headers only. CheckpointError names file and tensor of everything that is wrong."""
+        self.folder = Path(folder)
+        self.config = config
+        self.bytes_read = 0
+        self._files: dict[Path, Any] = {}
+        found = _find_tensors(self.folder)
+        self.set_aside = set_aside(config, {name: info.shape for name, info in found.items()})
+        if config.tie_word_embeddings and HEAD in found:
+            self._check_tied_head(found)
+            self.set_aside |= {HEAD}
+        self.tensors = {name: info for name, info in found.items() if name not in self.set_aside}
+        problems = _compare(self.tensors, config)
+        if problems:
+            raise CheckpointError(tuple(problems))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are served."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._read(self._info(name), name, None, None)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._read(self._info(name), name, (start, stop), None)
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._read(self._info(name), name, None, (start, stop))
+
+    def weight(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> StoredWeight:
+        """A matrix or a slice of it, in the format it has."""
+        values = self._read(self._info(name), name, rows, columns)
+        offset = ((rows or (0, 0))[0], (columns or (0, 0))[0])
+        scale_info = self.tensors.get(name + SCALE_SUFFIX)
+        if scale_info is None:
+            return StoredWeight(values=values, offset=offset)
+        block = self._block()
+        scale_rows, scale_columns = _blocks(rows, block.block_rows), _blocks(columns, block.block_cols)
+        scale = self._read(scale_info, name + SCALE_SUFFIX, scale_rows, scale_columns)
+        sizes = (block.block_rows, block.block_cols)
+        return StoredWeight(values=values, scale_inv=scale.float(), block=sizes, offset=offset)
+
+    def float32(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
+        """Any slice of a tensor in float32; FP8 values times the scale of their block."""
+        stored = self.weight(name, rows=rows, columns=columns)
+        values = stored.values.float()
+        if stored.scale_inv is None:
+            return values
+        row_blocks, column_blocks = (
+            (torch.arange(size) + offset % block) // block
+            for size, offset, block in zip(values.shape, stored.offset, stored.block, strict=True)
+        )
+        return values * stored.scale_inv[row_blocks][:, column_blocks]
+
+    def close(self) -> None:
+        """Forgets the mappings; tensors already returned stay valid."""
+        self._files.clear()
+
+    def _block(self) -> Fp8BlockConfig:
+        assert self.config.quantization is not None, "FP8 tensors are refused without quantization_config"
+        return self.config.quantization
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError((f"{self.folder}: {name} is not among the tensors served",))
+        return self.tensors[name]
+
+    def _read(self, info: TensorInfo, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
+        for axis, part in enumerate((rows, columns)):
+            if part is not None and not 0 <= part[0] <= part[1] <= info.shape[axis]:
+                raise CheckpointError((f"{info.path}: {name} has shape {list(info.shape)}, no {part} on axis {axis}",))
+        try:
+            if info.path not in self._files:
+                self._files[info.path] = safe_open(info.path, framework="pt")
+            tensor: torch.Tensor = self._files[info.path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError((f"{info.path}: {name} cannot be read: {error}",)) from error
+        if rows is not None:
+            tensor = tensor[rows[0] : rows[1]]
+        if columns is not None:
+            tensor = tensor[:, columns[0] : columns[1]]
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _check_tied_head(self, found: Mapping[str, TensorInfo]) -> None:
+        embedding = found.get(EMBEDDING)
+        same_shape = embedding is not None and embedding.shape == found[HEAD].shape
+        if embedding is not None and same_shape:
+            head = self._read(found[HEAD], HEAD, None, None)
+            if torch.equal(head, self._read(embedding, EMBEDDING, None, None).to(head.dtype)):
+                return
+        raise CheckpointError(
+            (f"{found[HEAD].path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings = true",)
+        )
+
+
+class LoadLedger:
+    """The books of one rank: what it is to read of a checkpoint, what it has read, and what it has filled.
+
+    Reads go through it, with the checkpoint's own methods; a tensor that is not the rank's is refused. `close` raises
+    where a tensor was to be read and was not, or a parameter filled and was not. `progress` is (tensors read, tensors
+    to read).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Iterable[str], parameters: Collection[str] = ()) -> None:
+        wanted = frozenset(names)
+        scales = {name + SCALE_SUFFIX for name in wanted if name + SCALE_SUFFIX in checkpoint.tensors}
+        self._checkpoint = checkpoint
+        self._wanted = wanted | scales
+        self._read: set[str] = set()
+        self._unfilled = set(parameters)
+        self._filled: set[str] = set()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return len(self._read), len(self._wanted)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self._note(name)
+        return self._checkpoint.tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self._note(name)
+        return self._checkpoint.rows(name, start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self._note(name)
+        return self._checkpoint.columns(name, start, stop)
+
+    def weight(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> StoredWeight:
+        self._note(name)
+        return self._checkpoint.weight(name, rows=rows, columns=columns)
+
+    def float32(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
+        self._note(name)
+        return self._checkpoint.float32(name, rows=rows, columns=columns)
+
+    def fill(self, parameter: str) -> None:
+        """Notes that a parameter has its values. Each is filled once."""
+        if parameter not in self._unfilled:
+            state = "was already filled" if parameter in self._filled else "is none of this rank's parameters"
+            raise CheckpointError((f"parameter {parameter} {state}",))
+        self._unfilled.remove(parameter)
+        self._filled.add(parameter)
+
+    def close(self) -> None:
+        """CheckpointError where the books do not balance."""
+        problems = [f"{name}: was to be read and was not" for name in sorted(self._wanted - self._read)]
+        problems += [f"parameter {name}: was to be filled and was not" for name in sorted(self._unfilled)]
+        if problems:
+            raise CheckpointError(tuple(problems))
+
+    def _note(self, name: str) -> None:
+        if name not in self._wanted:
+            raise CheckpointError((f"{name}: is read by a rank that does not host it",))
+        self._read.add(name)
+        if name + SCALE_SUFFIX in self._wanted:
+            self._read.add(name + SCALE_SUFFIX)
+
+
+def _blocks(part: Range | None, size: int) -> Range | None:
+    return None if part is None else (part[0] // size, -(-part[1] // size))
+
+
+def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of the folder's safetensors files, by the index where there is one."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _indexed_tensors(folder, index)
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickled = " (pickled weights, *.bin or *.pt, are not read: convert them)" if _has_pickles(folder) else ""
+        raise CheckpointError((f"{folder}: has no *.safetensors file{pickled}",))
+    return _merge_shards(paths)
+
+
+def _has_pickles(folder: Path) -> bool:
+    return any(folder.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth"))
+
+
+def _indexed_tensors(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    try:
+        weight_map = read_json_object(index).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError((str(error),)) from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError((f"{index}: weight_map must map tensor names to file names",))
+    outside = [file for file in weight_map.values() if Path(file).name != file]
+    if outside:
+        raise CheckpointError((f"{index}: {json.dumps(outside[0])} is no file name inside the model folder",))
+    found = _merge_shards([folder / file for file in sorted(set(weight_map.values()))])
+    problems = [
+        f"{folder / file}: {name} is missing in it, {index.name} places it there"
+        for name, file in weight_map.items()
+        if name not in found or found[name].path.name != file
+    ]
+    if problems:
+        raise CheckpointError(tuple(problems))
+    return found
+
+
+def _merge_shards(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for path in paths:
+        try:
+            header = read_shard_header(path)
+        except CheckpointError as error:
+            problems += error.problems
+            continue
+        problems += [f"{path}: {name} is in {found[name].path.name} too" for name in header if name in found]
+        found |= header
+    if problems:
+        raise CheckpointError(tuple(problems))
+    return found
+
+
+def _compare(found: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
+    """One line for each tensor that is missing, unknown, or of the wrong shape or dtype."""
+    expected = expected_tensors(config)
+    problems = [f"{name}: is missing, shape {list(shape)}" for name, shape in expected.items() if name not in found]
+    scales: set[str] = set()
+    for name, shape in expected.items():
+        if name not in found:
+            continue
+        problems += _tensor_problems(name, found[name], shape, config)
+        if found[name].dtype == FP8_DTYPE and config.quantization is not None:
+            scales.add(name + SCALE_SUFFIX)
+            problems += _scale_problems(name, found, shape, config.quantization)
+    unknown = found.keys() - expected.keys() - scales
+    return problems + [f"{found[name].path}: {name} is read by nothing in this model" for name in sorted(unknown)]
+
+
+def _tensor_problems(name: str, info: TensorInfo, shape: tuple[int, ...], config: ModelConfig) -> list[str]:
+    problems = []
+    if info.shape != shape:
+        problems.append(f"{info.path}: {name} has shape {list(info.shape)}, config.json needs {list(shape)}")
+    supported = FLOAT_DTYPES + ((FP8_DTYPE,) if config.quantization is not None and can_be_fp8(name) else ())
+    if info.dtype not in supported:
+        hint = " (FP8 needs quantization_config)" if info.dtype == FP8_DTYPE and config.quantization is None else ""
+        problems.append(f"{info.path}: {name} has dtype {info.dtype}, supported are {', '.join(supported)}{hint}")
+    return problems
+
+
+def _scale_problems(
+    name: str, found: Mapping[str, TensorInfo], shape: tuple[int, ...], block: Fp8BlockConfig
+) -> list[str]:
+    scale = found.get(name + SCALE_SUFFIX)
+    needed = (-(-shape[0] // block.block_rows), -(-shape[1] // block.block_cols))
+    if scale is None:
+        return [f"{name}{SCALE_SUFFIX}: is missing, shape {list(needed)}: {name} is stored in FP8"]
+    problems = []
+    if scale.shape != needed:
+        problems.append(f"{scale.path}: {name}{SCALE_SUFFIX} has shape {list(scale.shape)}, needs {list(needed)}")
+    if scale.dtype not in FLOAT_DTYPES:
+        problems.append(f"{scale.path}: {name}{SCALE_SUFFIX} has dtype {scale.dtype}, needs F32")
+    return problems

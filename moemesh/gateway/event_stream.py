@@ -1,0 +1,60 @@
+"""Server-sent events to one client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from moemesh.gateway.errors import ApiError
+
+# X-Accel-Buffering: the proxies that know it pass events on at once.
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class EventStream:
+    """An answer of many events. Writing waits for a slow client, and gives up on one that takes nothing."""
+
+    def __init__(self, request: web.Request, *, client_timeout_s: float) -> None:
+        self._request = request
+        self._timeout_s = client_timeout_s
+        self.response = web.StreamResponse(headers=_HEADERS)
+
+    async def open(self) -> None:
+        await self.response.prepare(self._request)
+
+    async def send(self, payloads: Iterable[Mapping[str, Any]]) -> None:
+        """Each payload as one event, all in one write."""
+        data = "".join(f"data: {json.dumps(payload, separators=(',', ':'))}\n\n" for payload in payloads)
+        if data:
+            await self._write(data)
+
+    async def keep_alive(self) -> None:
+        """A comment, which clients skip and proxies count as life."""
+        await self._write(": keep-alive\n\n")
+
+    async def finish(self) -> None:
+        """The end of a whole answer."""
+        await self._write("data: [DONE]\n\n")
+        await self.response.write_eof()
+
+    async def fail(self, error: ApiError) -> None:
+        """The end of an answer that breaks off: the error, and no [DONE]."""
+        await self.send([error.body()])
+        await self.response.write_eof()
+
+    async def _write(self, text: str) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self.response.write(text.encode())
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError(f"the client took nothing for {self._timeout_s:g} seconds") from None

@@ -1,0 +1,169 @@
+"""One rank's side of an attention group: follow the leader's plans, run the steps, hand in the samples.
+
+The leader owns the group's scheduler; every member, the leader included, builds the same batches from the same plans.
+One step of a group is under way at a time; its micro-batches run side by side.
+"""
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+
+import msgpack
+import torch
+
+from attention.service import AttentionService
+from moemesh.batch import MicroBatch, build_micro_batch, split_plan
+from moemesh.forward import ForwardPass
+from moemesh.head import RowResults, evaluate_rows
+from moemesh.model import AttentionModel
+from moemesh.scheduler import Scheduler
+from moemesh.sequence import Sequence, SequenceOutput
+from moemesh.step_plan import PlanMirror, StepPlan
+from transport.collectives import Wait
+from transport.frame import Frame, Header, Kind
+from transport.links import Link
+from transport.mailbox import Mailbox, MailKey
+from transport.shards import row_split
+from transport.tasks import Steps, Task, together
+
+
+class GroupMember:
+    """One member's state: the mirror of the group's sequences, the step under way and, at the leader, the scheduler."""
+
+    def __init__(
+        self,
+        *,
+        members: tuple[int, ...],
+        link: Link,
+        mailbox: Mailbox,
+        model: AttentionModel,
+        attention: AttentionService,
+        forward: ForwardPass,
+        num_micro_batches: int,
+        scheduler: Scheduler | None,
+        generation: int = 0,
+    ) -> None:
+        self._members = members
+        self._link = link
+        self._mailbox = mailbox
+        self._model = model
+        self._attention = attention
+        self._forward = forward
+        self._num_micro_batches = num_micro_batches
+        self.scheduler = scheduler
+        self._generation = generation
+        self._mirror = PlanMirror()
+        self._plans: deque[StepPlan] = deque()
+        self._task: Task[None] | None = None
+        self._outputs: list[SequenceOutput] = []
+        self.num_steps = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way or there is one to begin."""
+        return self._task is not None or bool(self._plans) or (self.scheduler is not None and self.scheduler.has_work)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that this member knows of."""
+        return len(self._mirror.sequences)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Leader only: take over a new sequence. ValueError if it can never be served."""
+        assert self.scheduler is not None, "a request reached a rank that leads no attention group"
+        self.scheduler.add(sequence)
+
+    def cancel(self, seq_id: int) -> None:
+        """Leader only: forget a sequence."""
+        assert self.scheduler is not None, "a cancellation reached a rank that leads no attention group"
+        self.scheduler.cancel(seq_id)
+
+    def receive_plan(self, frame: Frame) -> None:
+        """Queue the leader's next plan."""
+        self._plans.append(StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes())))
+
+    def take_outputs(self) -> list[SequenceOutput]:
+        """What the leader's sequences have given since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def turn(self) -> bool:
+        """Advance as far as possible without waiting; whether anything happened."""
+        if self._task is None and not self._begin():
+            return False
+        assert self._task is not None
+        advanced = self._task.advance()
+        if self._task.done:
+            self._task = None
+        return advanced
+
+    def _begin(self) -> bool:
+        if self.scheduler is not None:
+            plan = self.scheduler.schedule() or self.scheduler.release_plan()
+            if plan is None:
+                return False
+            self._broadcast(plan)
+        elif self._plans:
+            plan = self._plans.popleft()
+        else:
+            return False
+        self._task = Task(self._step(plan))
+        return True
+
+    def _broadcast(self, plan: StepPlan) -> None:
+        others = self._members[1:]
+        if not others:
+            return
+        payload = torch.frombuffer(bytearray(msgpack.packb(plan.to_wire())), dtype=torch.uint8)
+        header = Header(Kind.PLAN, self._link.rank, generation=self._generation, step=plan.step)
+        for member in others:
+            self._link.post(member, Frame(header, (payload,)))
+
+    def _step(self, plan: StepPlan) -> Steps[None]:
+        self._mirror.follow(plan)
+        if plan.items:
+            parts = split_plan(plan, self._num_micro_batches)
+            batches = [build_micro_batch(i, items, self._mirror, self._model.rotary) for i, items in enumerate(parts)]
+            results = yield from together([self._run(plan.step, batch) for batch in batches])
+            if self.scheduler is not None:
+                yield from self._finish_as_leader(self.scheduler, plan, batches, results)
+        self._mailbox.discard(self._generation, plan.step + 1)
+        self.num_steps += 1
+
+    def _run(self, step: int, batch: MicroBatch) -> Steps[RowResults]:
+        """One micro-batch; the results of the rows this member owns, sent to the leader if that is another rank."""
+        x_OH = yield from self._forward.run(batch, generation=self._generation, step=step)
+        start, stop = self._attention.owned_rows(batch.attention.num_rows)
+        owned = [row for row in batch.logits_rows if start <= row.row < stop]
+        results = evaluate_rows(self._model, x_OH, start, owned)
+        leader = self._members[0]
+        if owned and leader != self._link.rank:
+            header = Header(
+                Kind.SAMPLES, self._link.rank, generation=self._generation, step=step, micro_batch=batch.index
+            )
+            self._link.post(leader, Frame(header, (results.to_tensor(),)))
+        return results
+
+    def _finish_as_leader(
+        self, scheduler: Scheduler, plan: StepPlan, batches: SequenceOf[MicroBatch], own: SequenceOf[RowResults]
+    ) -> Steps[None]:
+        """Gather the members' results in row order and enter them into the scheduler."""
+        merged = RowResults()
+        for batch, results in zip(batches, own, strict=True):
+            merged.add(results)  # the leader owns the first rows
+            keys = self._expected_samples(plan.step, batch)
+            if keys:
+                yield Wait(self._mailbox, tuple(keys))
+            for key in keys:
+                frame = self._mailbox.take(key)
+                assert frame is not None, f"resumed before the samples of rank {key.sender} had arrived"
+                merged.add(RowResults.from_tensor(frame.tensors[0]))
+        self._outputs += scheduler.apply(plan, merged.sampled, merged.prompt_logprobs)
+
+    def _expected_samples(self, step: int, batch: MicroBatch) -> list[MailKey]:
+        """Keys of the frames of all other members that own rows with logits, in row order."""
+        split = row_split(batch.attention.num_rows, len(self._members))
+        return [
+            MailKey(Kind.SAMPLES, self._generation, step, 0, batch.index, 0, member)
+            for member, (start, stop) in zip(self._members[1:], split[1:], strict=True)
+            if any(start <= row.row < stop for row in batch.logits_rows)
+        ]

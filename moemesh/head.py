@@ -1,0 +1,114 @@
+"""From hidden states to tokens: the head, sampling and prompt log-probabilities of the rows one member owns.
+
+Whole rows of logits exist only at the member that owns the token, so that no sum over the vocabulary is ever split.
+
+Shape legend: O rows this member owns, H hidden, R rows of them that want logits, V vocabulary.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import torch
+from torch import Tensor
+
+from moemesh.batch import LogitsRow
+from moemesh.model import AttentionModel
+from moemesh.sampling import SampleRow, prompt_logprobs, sample
+from moemesh.sequence import Sampled, SamplingError
+
+MAX_LOGITS = 1 << 24
+"""Logits held at a time (64 MiB): scoring a long prompt walks through its rows in pieces."""
+
+
+@dataclass(kw_only=True)
+class RowResults:
+    """What rows with logits gave: one token per sampled sequence, and scores of prompt tokens in ascending position."""
+
+    sampled: dict[int, Sampled | SamplingError] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Sampled | SamplingError]] = field(default_factory=dict)
+
+    def add(self, other: "RowResults") -> None:
+        """Append the results of later rows."""
+        self.sampled |= other.sampled
+        for seq_id, entries in other.prompt_logprobs.items():
+            self.prompt_logprobs.setdefault(seq_id, []).extend(entries)
+
+    def to_tensor(self) -> Tensor:
+        """Msgpack bytes in a uint8 tensor, as they travel to the group's leader."""
+        wire = [
+            [[seq_id, _entry_to_wire(entry)] for seq_id, entry in self.sampled.items()],
+            [[seq_id, [_entry_to_wire(e) for e in entries]] for seq_id, entries in self.prompt_logprobs.items()],
+        ]
+        return torch.frombuffer(bytearray(msgpack.packb(wire)), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, data: Tensor) -> "RowResults":
+        """The inverse of to_tensor. Raises ValueError for anything else."""
+        sampled, scored = msgpack.unpackb(data.numpy().tobytes())
+        return cls(
+            sampled={seq_id: _entry_from_wire(entry) for seq_id, entry in sampled},
+            prompt_logprobs={seq_id: [_entry_from_wire(e) for e in entries] for seq_id, entries in scored},
+        )
+
+
+def _entry_to_wire(entry: Sampled | SamplingError) -> Any:
+    return entry.reason if isinstance(entry, SamplingError) else entry.to_wire()
+
+
+def _entry_from_wire(wire: Any) -> Sampled | SamplingError:
+    return SamplingError(reason=wire) if isinstance(wire, str) else Sampled.from_wire(wire)
+
+
+def evaluate_rows(model: AttentionModel, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow]) -> RowResults:
+    """Head and sampling for `rows`, all of them owned here; `x_OH` starts at row `first_row` of the micro-batch."""
+    results = RowResults()
+    step = max(1, MAX_LOGITS // model.config.vocab_size)
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        index = torch.tensor([row.row - first_row for row in piece], dtype=torch.int64, device=x_OH.device)
+        logits_RV = model.logits(x_OH.index_select(0, index))
+        results.add(_evaluate(logits_RV, piece))
+    return results
+
+
+def _evaluate(logits_RV: Tensor, rows: SequenceOf[LogitsRow]) -> RowResults:
+    results = RowResults()
+    sampled = [i for i, row in enumerate(rows) if row.sample]
+    if sampled:
+        tokens = sample(logits_RV[sampled], None, [_sample_row(rows[i]) for i in sampled])
+        results.sampled = {rows[i].sequence.seq_id: token for i, token in zip(sampled, tokens, strict=True)}
+    scored = [i for i, row in enumerate(rows) if row.score_prompt]
+    if scored:
+        next_ids = [rows[i].sequence.prompt_ids[rows[i].position + 1] for i in scored]
+        num_top = max(rows[i].sequence.params.prompt_logprobs or 0 for i in scored)
+        for i, entry in zip(scored, prompt_logprobs(logits_RV[scored], next_ids, num_top), strict=True):
+            sequence = rows[i].sequence
+            entry = _trimmed(entry, sequence.params.prompt_logprobs or 0)
+            results.prompt_logprobs.setdefault(sequence.seq_id, []).append(entry)
+    return results
+
+
+def _trimmed(entry: Sampled | SamplingError, num_top: int) -> Sampled | SamplingError:
+    if isinstance(entry, SamplingError) or len(entry.top_ids) <= num_top:
+        return entry
+    return Sampled(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_ids=entry.top_ids[:num_top],
+        top_logprobs=entry.top_logprobs[:num_top],
+    )
+
+
+def _sample_row(row: LogitsRow) -> SampleRow:
+    sequence = row.sequence
+    return SampleRow(
+        params=sequence.params,
+        prompt_ids=sequence.prompt_ids,
+        output_ids=sequence.output_ids,
+        position=row.position + 1,
+        seed=sequence.seed,
+        eos_ids=sequence.eos_ids,
+    )

@@ -1,0 +1,137 @@
+"""The frontend's book of requests: which group computes each, and every token that has come back. Pure decisions.
+
+The ledger survives the ranks: prompt plus tokens so far is all it takes to restart a request elsewhere.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from attention.block_hash import block_hashes, chain_root
+from moemesh.sampling_params import SamplingParams
+
+MAX_PREFIX_BLOCKS = 1024
+"""Blocks at the beginning of a prompt that affinity looks at: enough to tell groups apart, little to hash."""
+
+
+@dataclass(kw_only=True, eq=False)
+class LedgerEntry:
+    """One request in flight. `tokens` is what the client has been given, in order."""
+
+    request_id: int
+    group: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_new_tokens: int
+    cache_salt: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens still to be computed at most: the measure of a group's load."""
+        prompt = 0 if self.tokens else len(self.prompt)
+        return prompt + self.max_new_tokens - len(self.tokens)
+
+
+class PrefixAffinity:
+    """Which group is likely to have the beginning of a prompt in its prefix cache.
+
+    A guess from the prompts that each group was given last: as many names of blocks are remembered per group as it
+    has blocks. A wrong guess costs a computation, never a result.
+    """
+
+    def __init__(self, num_groups: int, *, block_size: int, blocks_per_group: int) -> None:
+        self._block_size = block_size
+        self._blocks_per_group = blocks_per_group
+        # By group the names of blocks, the one used longest ago first.
+        self._names: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(num_groups)]
+
+    def names(self, prompt: tuple[int, ...], cache_salt: str) -> list[bytes]:
+        """What to ask and tell the other methods of a prompt."""
+        return block_hashes(chain_root(cache_salt), prompt[: MAX_PREFIX_BLOCKS * self._block_size], self._block_size)
+
+    def best(self, groups: Sequence[int], names: Sequence[bytes]) -> int:
+        """The one of `groups` with the longest prefix; the first of them wins ties."""
+        return max(groups, key=lambda group: self._length(group, names))
+
+    def note(self, group: int, names: Sequence[bytes]) -> None:
+        """A prompt goes to a group."""
+        remembered = self._names[group]
+        for name in reversed(names):  # of a prefix the end is forgotten first, as the pool does
+            remembered[name] = None
+            remembered.move_to_end(name)
+        while len(remembered) > self._blocks_per_group:
+            remembered.popitem(last=False)
+
+    def _length(self, group: int, names: Sequence[bytes]) -> int:
+        remembered = self._names[group]
+        return next((length for length, name in enumerate(names) if name not in remembered), len(names))
+
+
+class Ledger:
+    """All requests in flight, by id. With `affinity` the groups' caches break ties between them."""
+
+    def __init__(self, num_groups: int, affinity: PrefixAffinity | None = None) -> None:
+        self._num_groups = num_groups
+        self._affinity = affinity
+        self._entries: dict[int, LedgerEntry] = {}
+        self._next_id = 1
+        self.replay_mismatches = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> Iterable[LedgerEntry]:
+        return self._entries.values()
+
+    def get(self, request_id: int) -> LedgerEntry | None:
+        return self._entries.get(request_id)
+
+    def admit(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, max_new_tokens: int, cache_salt: str = ""
+    ) -> LedgerEntry:
+        """Open an entry in the group with the fewest outstanding tokens.
+
+        Among several the longest cached prefix wins, then the lowest group number.
+        """
+        entry = LedgerEntry(
+            request_id=self._next_id,
+            group=self._choose_group(prompt, cache_salt),
+            prompt=prompt,
+            params=params,
+            max_new_tokens=max_new_tokens,
+            cache_salt=cache_salt,
+        )
+        self._next_id += 1
+        self._entries[entry.request_id] = entry
+        return entry
+
+    def _choose_group(self, prompt: tuple[int, ...], cache_salt: str) -> int:
+        load = [0] * self._num_groups
+        for entry in self._entries.values():
+            load[entry.group] += entry.outstanding_tokens
+        fewest = min(load)
+        least = [group for group in range(self._num_groups) if load[group] == fewest]
+        if self._affinity is None:
+            return least[0]
+        names = self._affinity.names(prompt, cache_salt)
+        group = self._affinity.best(least, names)
+        self._affinity.note(group, names)
+        return group
+
+    def accept(self, request_id: int, position: int, token_ids: list[int]) -> int:
+        """Record tokens that came back, the first of them being the `position`-th generated one.
+
+        Returns how many of them, from the front, were known already and must not be sent again. A replayed token that
+        differs from the one already sent is counted and dropped.
+        """
+        entry = self._entries[request_id]
+        known = max(0, len(entry.tokens) - position)
+        replayed, sent = token_ids[:known], entry.tokens[position : position + known]
+        self.replay_mismatches += sum(1 for ours, theirs in zip(replayed, sent, strict=False) if ours != theirs)
+        entry.tokens.extend(token_ids[known:])
+        return min(known, len(token_ids))
+
+    def close(self, request_id: int) -> None:
+        """Forget a request that has ended; closing it twice is no error, for a cancel may cross its last token."""
+        self._entries.pop(request_id, None)

@@ -1,0 +1,85 @@
+"""A running mesh as its frontend holds it: controller, control socket and rank processes, from start to end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from moemesh.controller import Controller
+from moemesh.launcher import RankLauncher, RankProcesses
+from moemesh.mesh_plan import MeshPlan
+from moemesh.metrics import Metrics
+from moemesh.options import EngineOptions
+from moemesh.run_directory import RunDirectory
+from transport.control import ControlServer
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 1.0
+LAST_WORDS_SECONDS = 0.2
+STOP_GRACE_SECONDS = 1.0
+
+
+@asynccontextmanager
+async def started_mesh(options: EngineOptions, plan: MeshPlan, metrics: Metrics) -> AsyncIterator[Controller]:
+    """`running_mesh` with ranks of its own, for a program that is its own frontend. Nothing is left behind."""
+    run = RunDirectory.create(num_ranks=options.ranks)
+    ranks = RankLauncher(options, run)
+    try:
+        run.write_options(options)
+        ranks.start()
+        async with running_mesh(plan, run, ranks, metrics) as controller:
+            yield controller
+    finally:
+        ranks.stop(STOP_GRACE_SECONDS)
+        run.remove()
+
+
+@asynccontextmanager
+async def running_mesh(
+    plan: MeshPlan, run: RunDirectory, ranks: RankProcesses, metrics: Metrics
+) -> AsyncIterator[Controller]:
+    """The controller of a mesh whose ranks are being started; usable at once, ready when they have loaded.
+
+    Leaving the block tells the ranks to stop and waits a moment for them; ending those that did not listen is the
+    business of whoever started them.
+    """
+    server = ControlServer(run.control_endpoint)
+    controller = Controller(
+        server,
+        model_config=plan.model,
+        mesh=plan.mesh,
+        placement=plan.placement,
+        metrics=metrics,
+        frontend_pid=os.getpid(),
+    )
+    serving = asyncio.create_task(_supervised(controller))
+    watching = asyncio.create_task(_watch(ranks, controller))
+    try:
+        yield controller
+        controller.stop_ranks()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await ranks.wait()
+    finally:
+        for task in (serving, watching):
+            task.cancel()
+        await asyncio.gather(serving, watching, return_exceptions=True)
+        server.close()
+
+
+async def _supervised(controller: Controller) -> None:
+    """Without the control plane nothing works: a fault there ends the mesh instead of leaving its clients to wait."""
+    try:
+        await controller.run()
+    except Exception as error:
+        logger.exception("the control plane has failed")
+        controller.fail(f"the control plane has failed: {error}")
+
+
+async def _watch(ranks: RankProcesses, controller: Controller) -> None:
+    ended = await ranks.wait()
+    await asyncio.sleep(LAST_WORDS_SECONDS)  # a rank that failed has said why, on a socket still to be read
+    controller.fail(ended)

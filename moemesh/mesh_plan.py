@@ -1,0 +1,115 @@
+"""From options to the mesh they describe, decided once, by the frontend, before anything is started or loaded."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from attention.latent_cache import BLOCK_SIZE, bytes_per_block
+from mesh_config import (
+    ConfigError,
+    MemoryPlan,
+    MeshConfig,
+    ModelConfig,
+    Placement,
+    available_memory,
+    check_fits,
+    even_placement,
+    load_model_config,
+    make_mesh,
+    plan_memory,
+)
+from mesh_config.model_shape import StoredDtype
+from moemesh.checkpoint import Checkpoint
+from moemesh.options import EngineOptions
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CACHE_SHARE = 0.25
+"""Share of the memory left beside the weights that the latent caches of a host take by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan:
+    """What is served, on which mesh, with which expert where. `mesh.num_cache_blocks` is decided."""
+
+    model: ModelConfig
+    mesh: MeshConfig
+    placement: Placement
+
+
+def plan_mesh(options: EngineOptions) -> MeshPlan:
+    """Check model folder, mesh shape and memory, before any loading. Raises ConfigError or CheckpointError, with
+    numbers."""
+    model = load_model_config(options.model_folder)
+    mesh = make_mesh(
+        model,
+        num_ranks=options.ranks,
+        attention_tp=options.attention_tp,
+        attention_ranks=options.attention_ranks,
+        max_model_len=options.max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        combine=options.combine,
+        micro_batches=options.micro_batches,
+        credit_window=options.credit_window,
+        prefix_caching=options.enable_prefix_caching,
+        device=_device(options.device),
+    )
+    placement = placement_of(model, mesh)
+    Checkpoint(options.model_folder, model).close()
+    mesh = replace(mesh, num_cache_blocks=_cache_blocks(options, model, mesh, placement))
+    if mesh.device == "cpu":
+        ranks = range(mesh.num_ranks)
+        check_fits([memory_of(options, model, mesh, placement, rank) for rank in ranks], available_memory())
+    return MeshPlan(model=model, mesh=mesh, placement=placement)
+
+
+def placement_of(model: ModelConfig, mesh: MeshConfig) -> Placement:
+    """Experts spread evenly over the ranks that host any: the same answer at every rank."""
+    return even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, mesh.num_ranks)
+
+
+def threads_per_rank(options: EngineOptions, ranks_on_host: int) -> int:
+    """Kernel threads of one rank: what was asked for, else its share of the cores this process may use."""
+    return options.threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+
+
+def weight_dtype(options: EngineOptions) -> torch.dtype | None:
+    """The format that 16- and 32-bit weights are held in; None keeps each tensor's own."""
+    return None if options.dtype == "auto" else _DTYPES[options.dtype]
+
+
+def _device(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_of(
+    options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement, rank: int
+) -> MemoryPlan:
+    """What one rank of the planned mesh holds."""
+    held = None if options.dtype == "auto" else cast(StoredDtype, options.dtype)
+    return plan_memory(model, mesh, placement, rank, weight_dtype=held)
+
+
+def _cache_blocks(options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement) -> int:
+    if options.num_gpu_blocks_override is not None:
+        return options.num_gpu_blocks_override
+    per_block = bytes_per_block(model.num_layers, model.latent_width)
+    if options.kv_cache_memory_bytes is not None:
+        blocks = options.kv_cache_memory_bytes // per_block
+        if blocks < 1:
+            raise ConfigError(
+                f"kv-cache-memory-bytes = {options.kv_cache_memory_bytes} holds no block of {BLOCK_SIZE} tokens: "
+                f"at least {per_block} bytes are needed"
+            )
+        return blocks
+    per_sequence = -(-mesh.max_model_len // BLOCK_SIZE)
+    smallest = replace(mesh, num_cache_blocks=1)
+    needed = sum(memory_of(options, model, smallest, placement, rank).total for rank in range(mesh.num_ranks))
+    left = max(0, available_memory() - needed)
+    affordable = int(left * CACHE_SHARE) // per_block // mesh.num_attention_ranks
+    return max(per_sequence, min(mesh.max_num_seqs * per_sequence, affordable))

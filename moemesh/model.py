@@ -1,0 +1,58 @@
+"""The part of a model that one rank holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from attention.mla import MultiHeadLatentAttention
+from attention.rope import RotaryTable
+from experts import ExpertBank
+from gating import Router
+from mesh_config.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLayer:
+    """What an attention rank computes in one layer beside the routed experts.
+
+    `router` is None in a dense layer; `local_ffn` is the dense FFN there, the shared experts in a MoE layer (None where
+    the model has no shared expert).
+    """
+
+    input_norm: Tensor
+    attention: MultiHeadLatentAttention
+    ffn_norm: Tensor
+    router: Router | None
+    local_ffn: kernels.PackedExperts | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionModel:
+    """Everything an attention rank holds: rope table, embedding, its heads of every layer, the norm and the head."""
+
+    config: ModelConfig
+    rotary: RotaryTable
+    embedding_VH: Tensor
+    layers: tuple[AttentionLayer, ...]
+    final_norm: Tensor
+    head: kernels.PackedLinear
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows float32 [T, H] of int64 ids [T]."""
+        return self.embedding_VH.index_select(0, token_ids).to(torch.float32)
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """Logits float32 [T, V] of hidden states after the last layer."""
+        return kernels.linear(kernels.rms_norm(x_TH, self.final_norm, self.config.rms_norm_eps), self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankModel:
+    """One rank's share: `attention` where it has that role, `banks` by MoE layer where it hosts experts."""
+
+    config: ModelConfig
+    attention: AttentionModel | None
+    banks: Mapping[int, ExpertBank]

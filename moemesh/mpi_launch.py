@@ -1,0 +1,183 @@
+"""`mpirun -n 4 moemesh serve ...`: ranks that a user's own mpirun started, and the frontend that rank 0 starts.
+
+Each of the processes becomes a rank. Rank 0 also starts the frontend in a session of its own, so that it survives
+rank 0 and mpirun, and tells the others where the run directory is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moemesh.launcher import end_processes, package_environment
+from moemesh.mpi_command import LaunchError
+from moemesh.processes import ProcessIdentity, wait_until_gone
+from moemesh.run_directory import RunDirectory, RunDirectoryError, make_shared_memory_folder
+
+ATTACHED_FRONTEND = "attached-frontend"
+"""The command, in no help text, with which rank 0 starts the frontend."""
+
+_LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_")
+_SEGMENTS_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
+_POLL_SECONDS = 0.2
+
+
+def mpi_launch(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(rank, size) when an MPI launcher started us as one of several. Loads `transport` only where one may have."""
+    if not any(name.startswith(_LAUNCHER_VARIABLES) for name in environment):
+        return None
+    from transport import detect_mpi_launch
+
+    launch = detect_mpi_launch(environment)
+    return launch if launch is not None and launch[1] > 1 else None
+
+
+def join_mesh(num_ranks: int, prepare: Callable[[], tuple[RunDirectory, Sequence[str]]]) -> RunDirectory:
+    """Called by each of `num_ranks` processes of a user's mpirun: the run directory of their mesh.
+
+    Rank 0 calls `prepare` for a new run directory and the frontend's command, and starts that. Collective; initialises
+    MPI. Raises LaunchError in every process when one of them cannot take part.
+    """
+    segments = _prepare_open_mpi(os.environ)
+    from transport import init_mpi
+
+    mpi = init_mpi()
+    try:
+        return _join(mpi, num_ranks, prepare, segments)
+    except LaunchError:
+        if segments is not None:
+            shutil.rmtree(segments, ignore_errors=True)
+        raise
+
+
+def _join(
+    mpi: Any, num_ranks: int, prepare: Callable[[], tuple[RunDirectory, Sequence[str]]], segments: Path | None
+) -> RunDirectory:
+    world = mpi.COMM_WORLD
+    if world.size != num_ranks:
+        raise LaunchError(
+            f"mpirun started {num_ranks} processes, but mpi4py's MPI sees {world.size}: they belong to different MPIs; "
+            "use the mpirun beside this Python, or build mpi4py for yours"
+        )
+    frontend: _Frontend | None = None
+    problem = None
+    try:
+        frontend = _Frontend(*prepare()) if world.rank == 0 else None
+    except (ValueError, OSError, LaunchError, RunDirectoryError) as error:
+        problem = str(error)
+    _agree(mpi, problem)
+    path = _broadcast(world, str(frontend.run.path) if frontend is not None else "", root=0)
+    try:
+        run = RunDirectory.open(path)
+        _adopt(run, segments)
+    except (OSError, RunDirectoryError) as error:
+        problem = str(error)
+    try:
+        _agree(mpi, problem)
+    except LaunchError:
+        if frontend is not None:
+            frontend.end()
+        raise
+    return run
+
+
+class _Frontend:
+    """The frontend that rank 0 starts."""
+
+    def __init__(self, run: RunDirectory, command: Sequence[str]) -> None:
+        self.run = run
+        environment = package_environment()
+        for name in [name for name in environment if name.startswith(_LAUNCHER_VARIABLES)]:
+            del environment[name]  # it is no part of the MPI job
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        identity = ProcessIdentity.of(self._process.pid)
+        if identity is None:
+            run.remove()
+            raise LaunchError("the frontend ended at once")
+        run.set_frontend(identity)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.run.remove()
+
+
+class AttachedRanks:
+    """The ranks of a user's mpirun, for the frontend that rank 0, `starter`, started (a `RankProcesses`).
+
+    They have ended when `starter` and all that registered in the run directory are gone.
+    """
+
+    def __init__(self, run_directory: RunDirectory, *, starter: ProcessIdentity) -> None:
+        self._run = run_directory
+        self._starter = starter
+
+    def poll(self) -> str | None:
+        """None while a rank lives; then that they ended."""
+        return None if any(process.alive() for process in self._all()) else "all ranks have ended"
+
+    async def wait(self) -> str:
+        """Until no rank lives."""
+        while (ended := self.poll()) is None:
+            await asyncio.sleep(_POLL_SECONDS)
+        return ended
+
+    def stop(self, grace: float) -> None:
+        """SIGTERM to every rank, SIGKILL `grace` seconds later. Their mpirun then ends by itself. Idempotent."""
+        ranks = self._all()
+        for process in ranks:
+            process.send(signal.SIGTERM)
+        end_processes(wait_until_gone(ranks, grace))
+
+    def _all(self) -> list[ProcessIdentity]:
+        return [self._starter, *self._run.processes()]
+
+
+def _prepare_open_mpi(environment: MutableMapping[str, str]) -> Path | None:
+    """What our launcher says on mpirun's command line, where the user's does not; before MPI starts.
+
+    Returns the folder for this rank's shared-memory segments, unless the user chose one.
+    """
+    environment.setdefault("OMPI_MCA_pml", "ob1")
+    if _SEGMENTS_VARIABLE in environment:
+        return None
+    segments = make_shared_memory_folder(num_ranks=1)
+    environment[_SEGMENTS_VARIABLE] = str(segments)
+    return segments
+
+
+def _adopt(run: RunDirectory, segments: Path | None) -> None:
+    """Whoever ends the mesh removes what this rank and its mpirun would leave behind."""
+    if segments is not None:
+        run.add_companion(segments)
+    session = os.environ.get("PMIX_SERVER_TMPDIR")
+    mpirun = ProcessIdentity.of(os.getppid())
+    if session is not None and mpirun is not None:
+        run.add_companion(Path(session), unless_alive=mpirun)
+
+
+def _agree(mpi: Any, problem: str | None) -> None:
+    """Collective. Raises LaunchError in every rank with the problem of the first one that has any."""
+    world = mpi.COMM_WORLD
+    first = np.array([world.size if problem is None else world.rank], dtype=np.int64)
+    world.Allreduce(mpi.IN_PLACE, first, op=mpi.MIN)
+    if first[0] < world.size:
+        raise LaunchError(_broadcast(world, problem or "", root=int(first[0])))
+
+
+def _broadcast(world: Any, message: str, *, root: int) -> str:
+    """Collective: the root's text."""
+    content = np.frombuffer(message.encode(), dtype=np.uint8)
+    length = np.array([content.size], dtype=np.int64)
+    world.Bcast(length, root=root)
+    buffer = content.copy() if world.rank == root else np.empty(int(length[0]), dtype=np.uint8)
+    world.Bcast(buffer, root=root)
+    return buffer.tobytes().decode()

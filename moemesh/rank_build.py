@@ -1,0 +1,129 @@
+"""Put a rank together from its plan, its share of the model and its link."""
+
+from dataclasses import dataclass
+
+import torch
+
+from attention.block_pool import BlockPool
+from attention.latent_cache import BLOCK_SIZE, LatentCache
+from attention.service import AttentionService
+from experts import ExpertClient, ExpertService
+from gating import ExpertLoad
+from mesh_config.mesh import MeshConfig
+from mesh_config.model_config import ModelConfig
+from mesh_config.placement import Placement
+from moemesh.forward import ForwardPass
+from moemesh.group_member import GroupMember
+from moemesh.model import AttentionModel, RankModel
+from moemesh.rank_engine import ControlPort, RankEngine
+from moemesh.scheduler import Scheduler
+from moemesh.scheduler_records import SchedulerLimits
+from transport.links import Link
+from transport.mailbox import Mailbox
+
+PREFIX_KEY = "absorbed"
+"""The form of attention that all positions are computed in: latents of one form are not those of another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What the pieces of one rank share."""
+
+    config: ModelConfig
+    mesh: MeshConfig
+    placement: Placement
+    link: Link
+    mailbox: Mailbox
+    experts: ExpertService
+    load: ExpertLoad
+    device: torch.device
+
+
+def build_rank(
+    model: RankModel,
+    mesh: MeshConfig,
+    placement: Placement,
+    *,
+    link: Link,
+    control: ControlPort,
+    device: torch.device,
+) -> RankEngine:
+    """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks."""
+    config = model.config
+    parts = _Parts(
+        config=config,
+        mesh=mesh,
+        placement=placement,
+        link=link,
+        mailbox=Mailbox(),
+        experts=ExpertService(model.banks, hidden=config.hidden_size, device=device),
+        load=ExpertLoad(config.moe_layers, config.num_experts),
+        device=device,
+    )
+    client = _client(parts) if model.attention is not None else None
+    member = _member(parts, model.attention, client) if model.attention is not None and client is not None else None
+    return RankEngine(
+        config=config,
+        link=link,
+        mailbox=parts.mailbox,
+        control=control,
+        experts=parts.experts,
+        client=client,
+        load=parts.load,
+        member=member,
+    )
+
+
+def _client(parts: _Parts) -> ExpertClient:
+    tables = {
+        layer: torch.tensor(parts.placement.ranks_of(layer), dtype=torch.int32) for layer in parts.placement.moe_layers
+    }
+    return ExpertClient(
+        parts.link,
+        parts.mailbox,
+        parts.experts,
+        rank_of_expert=tables,
+        compact=parts.mesh.combine == "compact",
+    )
+
+
+def _member(parts: _Parts, model: AttentionModel, client: ExpertClient) -> GroupMember:
+    config, mesh, rank = parts.config, parts.mesh, parts.link.rank
+    group = mesh.group_of(rank)
+    assert group is not None
+    assert mesh.num_cache_blocks is not None
+    members = mesh.groups[group]
+    attention = AttentionService(
+        [layer.attention for layer in model.layers],
+        LatentCache(
+            num_layers=config.num_layers,
+            num_blocks=mesh.num_cache_blocks,
+            width=config.latent_width,
+            device=parts.device,
+        ),
+        link=parts.link,
+        mailbox=parts.mailbox,
+        members=members,
+        num_shards=config.num_logical_shards,
+    )
+    return GroupMember(
+        members=members,
+        link=parts.link,
+        mailbox=parts.mailbox,
+        model=model,
+        attention=attention,
+        forward=ForwardPass(model, attention, client, parts.load),
+        num_micro_batches=mesh.micro_batches,
+        scheduler=_scheduler(mesh) if members[0] == rank else None,
+    )
+
+
+def _scheduler(mesh: MeshConfig) -> Scheduler:
+    assert mesh.num_cache_blocks is not None
+    limits = SchedulerLimits(
+        max_num_batched_tokens=mesh.max_num_batched_tokens,
+        max_num_seqs=mesh.max_num_seqs,
+        max_model_len=mesh.max_model_len,
+    )
+    pool = BlockPool(mesh.num_cache_blocks, BLOCK_SIZE)
+    return Scheduler(pool, limits, prefix_key=PREFIX_KEY if mesh.prefix_caching else None)

@@ -1,0 +1,92 @@
+"""Latent attention against a plain softmax in double; independence of everything a row must not see."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+from tests.kernels.weights import needs_native, normal, relative_error
+
+SHAPES = [(512, 64), (24, 8), (7, 2), (64, 61)]
+ROW_SEQ = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 0], dtype=torch.int32)
+POSITIONS = torch.tensor([5, 70, 31, 32, 127, 0, 1, 2, 3, 64], dtype=torch.int32)
+TABLES = torch.tensor([[3, 1, 4, 11], [5, 9, 2, 6], [8, 7, 10, 0]], dtype=torch.int32)
+
+
+def plain(
+    latent: torch.Tensor, rope: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One row at a time, one softmax, in double."""
+    rows = []
+    for t, (seq, position) in enumerate(zip(ROW_SEQ.tolist(), POSITIONS.tolist(), strict=True)):
+        keys = cache[tables[seq].long()].flatten(0, 1)[: position + 1].double()
+        query = torch.cat((latent[t], rope[t]), -1).double()
+        rows.append(((query @ keys.T) * scale).softmax(-1) @ keys[:, : latent.shape[2]])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("latent_width", "rope_width"), SHAPES)
+@pytest.mark.parametrize("num_heads", [1, 6, 70])
+def test_attention_agrees_with_plain_softmax(latent_width: int, rope_width: int, num_heads: int) -> None:
+    cache = normal(12, 32, latent_width + rope_width)
+    query = normal(len(ROW_SEQ), num_heads, latent_width + rope_width, seed=1)
+    latent, rope = query[..., :latent_width], query[..., latent_width:]  # views
+    scale = 3 / math.sqrt(latent_width + rope_width)
+    want = plain(latent, rope, cache, TABLES, scale)
+    for attention in (kernels.mla_attention, reference.mla_attention):
+        got = attention(latent, rope, cache, TABLES, ROW_SEQ, POSITIONS, scale)
+        assert relative_error(got, want) < 3e-6
+
+
+@needs_native
+@pytest.mark.parametrize(("latent_width", "rope_width"), SHAPES)
+def test_a_row_sees_nothing_beyond_its_position_nor_where_blocks_lie(latent_width: int, rope_width: int) -> None:
+    width = latent_width + rope_width
+    cache, query = normal(12, 32, width), normal(len(ROW_SEQ), 5, width, seed=1)
+    latent, rope = query[..., :latent_width].contiguous(), query[..., latent_width:].contiguous()
+    want = kernels.mla_attention(latent, rope, cache, TABLES, ROW_SEQ, POSITIONS, 0.1)
+    for seq in range(3):
+        last = int(POSITIONS[ROW_SEQ.eq(seq)].max())
+        moved = torch.full((9, 32, width), math.nan)
+        blocks = torch.tensor([6, 2, 8, 4], dtype=torch.int32)
+        old = cache[TABLES[seq].long()].flatten(0, 1)
+        old[last + 1 :] = math.nan
+        moved[blocks.long()] = old.view(4, 32, width)
+        table = blocks.clone()
+        table[last // 32 + 1 :] = -1  # never looked at
+        rows = ROW_SEQ.eq(seq).nonzero()[:, 0]
+        row_seq = torch.zeros(len(rows), dtype=torch.int32)
+        got = kernels.mla_attention(
+            latent[rows], rope[rows], moved, table[None].contiguous(), row_seq, POSITIONS[rows], 0.1
+        )
+        assert torch.equal(got, want[rows])
+
+
+@needs_native
+@pytest.mark.parametrize("chunk", [1, 3, 32, 33])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_of_a_prompt_give_the_bits_of_the_whole(chunk: int, threads: int) -> None:
+    length, heads = 101, 9
+    cache, table = normal(4, 32, 40), torch.tensor([[2, 0, 3, 1]], dtype=torch.int32)
+    latent, rope = normal(length, heads, 32, seed=1), normal(length, heads, 8, seed=2)
+    positions, row_seq = torch.arange(length, dtype=torch.int32), torch.zeros(length, dtype=torch.int32)
+    want = kernels.mla_attention(latent, rope, cache, table, row_seq, positions, 0.2)
+    kernels.set_num_threads(threads)
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        got = kernels.mla_attention(latent[part], rope[part], cache, table, row_seq[part], positions[part], 0.2)
+        assert torch.equal(got, want[part])
+
+
+@needs_native
+def test_indices_out_of_range_are_refused() -> None:
+    cache, latent, rope = normal(2, 32, 6), normal(1, 1, 4), normal(1, 1, 2)
+    table, zero = torch.tensor([[1, 2]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="block outside the cache"):
+        kernels.mla_attention(latent, rope, cache, table, zero, zero + 40, 1.0)
+    with pytest.raises(ValueError, match="outside its block table"):
+        kernels.mla_attention(latent, rope, cache, table, zero, zero + 64, 1.0)
+    with pytest.raises(ValueError, match="without a block table"):
+        kernels.mla_attention(latent, rope, cache, table, zero + 1, zero, 1.0)

@@ -1,0 +1,89 @@
+"""The grouped feed-forward network against torch."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+from tests.kernels.weights import DTYPES, experts, needs_native, normal, relative_error, seeded
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "width", "block"), [(96, 40, (16, 32)), (61, 7, (128, 128)), (256, 160, (128, 128))]
+)
+def test_grouped_ffn_agrees_with_torch(dtype: torch.dtype, hidden: int, width: int, block: tuple[int, int]) -> None:
+    bank = experts(5, hidden, width, dtype, block=block)
+    x, slot_rows = normal(9, hidden), torch.randint(0, 9, (210,), generator=seeded(), dtype=torch.int32)
+    slot_experts = torch.tensor([0] * 3 + [2] * 200 + [3] + [4] * 6, dtype=torch.int32)
+    slot_experts = slot_experts[torch.randperm(210, generator=seeded(1))]
+    got = kernels.grouped_ffn(x, bank, slot_rows, slot_experts)
+    assert relative_error(got, reference.grouped_ffn(x, bank, slot_rows, slot_experts)) < 3e-6
+    places = torch.tensor([-1, 4, 3, 2, 1, 0], dtype=torch.int32)
+    assert torch.equal(got, kernels.grouped_ffn(x, bank, slot_rows, 5 - slot_experts, place_of=places))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 130])
+def test_moe_is_grouped_ffn_and_combine_to_the_bit(dtype: torch.dtype, num_rows: int) -> None:
+    bank, x = experts(5, 61, 40, dtype), normal(num_rows, 61)
+    ids = torch.stack([torch.randperm(6, generator=seeded(t))[:3] for t in range(num_rows + 1)])[1:].int()
+    places = torch.tensor([3, 0, 4, 2, 1, 0], dtype=torch.int32)
+    weights, slots = normal(num_rows, 3), torch.arange(3 * num_rows, dtype=torch.int32).view(-1, 3)
+    rows = kernels.grouped_ffn(x, bank, (slots // 3).flatten(), ids.flatten(), place_of=places)
+    for base in (None, normal(num_rows, 61, seed=1)):
+        got = kernels.moe(x, bank, (ids, weights), base, place_of=places)
+        want = kernels.combine(rows, slots, weights, base)
+        if kernels.native_available():
+            assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_ffn_is_a_bank_of_one() -> None:
+    bank, x = experts(1, 61, 40, torch.bfloat16), normal(130, 61)
+    rows = torch.arange(130, dtype=torch.int32)
+    assert torch.equal(kernels.ffn(x, bank), kernels.grouped_ffn(x, bank, rows, torch.zeros_like(rows)))
+    with pytest.raises(ValueError, match="this one has 2"):
+        kernels.ffn(x, experts(2, 61, 40, torch.float32))
+
+
+def test_an_expert_comes_back_as_it_was_loaded() -> None:
+    bank = kernels.PackedExperts.empty(3, 40, 50, dtype=torch.bfloat16)
+    gate, up, down = normal(50, 40).bfloat16(), normal(50, 40, seed=1).bfloat16(), normal(40, 50, seed=2).bfloat16()
+    bank.load(2, gate, up, down)
+    for got, want in zip(bank.dense(2), (gate, up, down), strict=True):
+        assert torch.equal(got, want.float())
+    assert bank.nbytes >= 3 * 3 * 40 * 50 * 2
+
+
+def test_no_slots_give_no_rows() -> None:
+    bank = experts(2, 8, 8, torch.float32)
+    empty = torch.empty(0, dtype=torch.int32)
+    assert kernels.grouped_ffn(torch.ones(3, 8), bank, empty, empty).shape == (0, 8)
+
+
+@needs_native
+def test_wrong_indices_are_refused() -> None:
+    bank, x = experts(2, 8, 8, torch.float32), torch.ones(3, 8)
+    slots, chosen = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match="outside the rows"):
+        kernels.grouped_ffn(x, bank, slots + 1, chosen)
+    for wrong in (chosen + 1, chosen - 1):
+        with pytest.raises(ValueError, match="not here"):
+            kernels.grouped_ffn(x, bank, slots, wrong)
+    for places in ([0], [0, -1], [0, 2]):
+        with pytest.raises(ValueError, match="not here"):
+            kernels.grouped_ffn(x, bank, slots, chosen, place_of=torch.tensor(places, dtype=torch.int32))
+
+
+def test_wrong_weights_are_refused() -> None:
+    bank = kernels.PackedExperts.empty(2, 8, 4, dtype=torch.float32)
+    gate, down = torch.ones(4, 8), torch.ones(8, 4)
+    with pytest.raises(ValueError, match="slot 2 does not exist; there are 2"):
+        bank.load(2, gate, gate, down)
+    with pytest.raises(ValueError, match=r"down of expert slot 0 is torch.float32 \(4, 8\), must be .*\(8, 4\)"):
+        bank.load(0, gate, gate, gate)
+    with pytest.raises(ValueError, match="not expected"):
+        bank.load(0, gate, gate, down, (gate, gate, down))
+    with pytest.raises(ValueError, match="needs a block size"):
+        kernels.PackedExperts.empty(2, 8, 4, dtype=torch.float8_e4m3fn)

@@ -1,0 +1,151 @@
+"""The whole mesh in one thread: the production engines over the local link, driven turn by turn in a seeded order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mesh_config import MeshConfig, load_model_config, make_mesh
+from moemesh.checkpoint import Checkpoint
+from moemesh.mesh_plan import placement_of
+from moemesh.model import RankModel
+from moemesh.model_loader import ModelLoader
+from moemesh.rank_build import build_rank
+from moemesh.rank_engine import RankEngine
+from moemesh.sampling_params import SamplingParams
+from transport import Kind, LocalNetwork, messages
+
+CPU = torch.device("cpu")
+MAX_TURNS = 200_000
+
+
+class LocalControl:
+    """A rank's control port without a socket: messages to the rank are put into `inbox`, those from it into `sent`."""
+
+    def __init__(self) -> None:
+        self.inbox: list[messages.Message] = []
+        self.sent: list[messages.Message] = []
+
+    def send(self, message: messages.Message) -> None:
+        self.sent.append(message)
+
+    def receive_all(self) -> list[messages.Message]:
+        received, self.inbox = self.inbox, []
+        return received
+
+    def wait(self, timeout_s: float) -> bool:
+        return bool(self.inbox)
+
+
+@dataclass
+class Result:
+    """What came for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+class LocalMesh:
+    """A mesh of `num_ranks` engines on one checkpoint. `seed` decides delivery and turns; None = in order."""
+
+    def __init__(self, folder: Path, *, seed: int | None = None, num_cache_blocks: int = 512, **fields: Any) -> None:
+        config = load_model_config(folder)
+        self.mesh: MeshConfig = make_mesh(config, num_cache_blocks=num_cache_blocks, **fields)
+        placement = placement_of(config, self.mesh)
+        network = LocalNetwork(self.mesh.num_ranks, seed=seed, credit_window=self.mesh.credit_window)
+        checkpoint = Checkpoint(folder, config)
+        self._random = None if seed is None else random.Random(seed)
+        self.links = network.links
+        self.controls = [LocalControl() for _ in range(self.mesh.num_ranks)]
+        self.models: list[RankModel] = []
+        self.engines: list[RankEngine] = []
+        for rank, control in enumerate(self.controls):
+            loader = ModelLoader(
+                checkpoint,
+                mesh=self.mesh,
+                placement=placement,
+                rank=rank,
+                device=CPU,
+                weight_dtype=None,
+                report=lambda done, total: None,
+            )
+            model = loader.load()
+            self.models.append(model)
+            link = network.links[rank]
+            self.engines.append(build_rank(model, self.mesh, placement, link=link, control=control, device=CPU))
+        self.results: dict[int, Result] = {}
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, group: int = 0, salt: str = "") -> int:
+        """Send a request to a group's leader; its id."""
+        request_id = len(self.results) + 1
+        self.results[request_id] = Result()
+        message = messages.Submit(request_id=request_id, prompt=list(prompt), params=params.to_wire(), cache_salt=salt)
+        self.controls[self.mesh.groups[group][0]].inbox.append(message)
+        return request_id
+
+    def cancel(self, request_id: int, *, group: int = 0) -> None:
+        self.controls[self.mesh.groups[group][0]].inbox.append(messages.Cancel(request_id=request_id))
+
+    def turn(self) -> bool:
+        """Every engine has a turn; whether any had something to do."""
+        order = list(self.engines)
+        if self._random is not None:
+            self._random.shuffle(order)
+        busy = [engine.turn() for engine in order]
+        for control in self.controls:
+            for message in control.sent:
+                if isinstance(message, messages.Outputs):
+                    for item in message.items:
+                        self._take(item)
+            control.sent.clear()
+        return any(busy)
+
+    def run(self, requests: Sequence[int] | None = None) -> list[Result]:
+        """Turn until the requests (default: all) have ended; their results."""
+        wanted = [self.results[request] for request in (requests or list(self.results))]
+        for _ in range(MAX_TURNS):
+            if all(result.ended for result in wanted):
+                return wanted
+            self.turn()
+        raise AssertionError(f"no end after {MAX_TURNS} turns: {self.results}")
+
+    def settle(self) -> None:
+        """Turn until nobody has anything left to do."""
+        quiet = 0
+        for _ in range(MAX_TURNS):
+            quiet = 0 if self.turn() else quiet + 1
+            if quiet > 50:  # with a seed a frame may take several turns to arrive
+                return
+        raise AssertionError(f"still busy after {MAX_TURNS} turns")
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Result]:
+        """Submit all prompts at once, spread over the groups, and run to the end."""
+        groups = len(self.mesh.groups)
+        return self.run([self.submit(prompt, params, group=i % groups) for i, prompt in enumerate(prompts)])
+
+    def frames_sent(self, rank: int) -> dict[Kind, int]:
+        return self.links[rank].stats().frames_sent
+
+    def _take(self, item: messages.OutputItem) -> None:
+        result = self.results[item.request_id]
+        assert not result.ended, f"request {item.request_id} had ended and got {item}"
+        result.tokens += item.token_ids
+        result.logprobs += item.logprobs or []
+        if item.prompt_logprobs is not None:
+            assert result.prompt_logprobs is None, "prompt log-probabilities came twice"
+            result.prompt_logprobs = item.prompt_logprobs
+        result.finish_reason, result.error = item.finish_reason, item.error
+        result.cached_tokens += item.cached_tokens

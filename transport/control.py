@@ -1,0 +1,219 @@
+"""Control sockets: the frontend's ROUTER (asyncio) and each rank's DEALER (synchronous, for the engine thread).
+
+On one host over `ipc://` in a directory that only its owner may enter; across hosts over TCP with CURVE, where every
+client must know the server's public key and the server admits the one client key it gave out. Messages are msgpack (see
+messages); what cannot be read is counted and dropped. Queues are bounded and closing never waits (linger 0).
+"""
+
+import asyncio
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+import zmq.auth
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from transport.errors import Overloaded, ProtocolError
+from transport.messages import MAX_MESSAGE_BYTES, Message, decode_message, encode_message
+
+HIGH_WATER_MARK = 10_000
+"""Messages that wait in each direction for each peer before sending fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurveKeys:
+    """Keys of one mesh, Z85. A server needs all four; a client all but the server's secret key (see `for_client`)."""
+
+    server_public: str
+    server_secret: str
+    client_public: str
+    client_secret: str
+
+    def for_client(self) -> "CurveKeys":
+        """What may be handed to a rank."""
+        return CurveKeys(
+            server_public=self.server_public,
+            server_secret="",
+            client_public=self.client_public,
+            client_secret=self.client_secret,
+        )
+
+
+def new_curve_keys() -> CurveKeys:
+    """Fresh keys for one mesh."""
+    server_public, server_secret = (key.decode() for key in zmq.curve_keypair())
+    client_public, client_secret = (key.decode() for key in zmq.curve_keypair())
+    return CurveKeys(
+        server_public=server_public,
+        server_secret=server_secret,
+        client_public=client_public,
+        client_secret=client_secret,
+    )
+
+
+def check_endpoint(endpoint: str, keys: CurveKeys | None) -> None:
+    """Refuse an endpoint that strangers could reach: an ipc path in a shared directory, TCP without keys."""
+    if endpoint.startswith("ipc://"):
+        path = endpoint.removeprefix("ipc://")
+        if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+            raise ValueError(f"control path {path} is longer than {zmq.IPC_PATH_MAX_LEN} bytes: set a shorter TMPDIR")
+        folder = Path(path).parent
+        status = folder.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o077 or status.st_uid != os.getuid():
+            raise ValueError(f"control folder {folder} has mode {mode:04o}, owner {status.st_uid}: needs 0700, our own")
+    elif not endpoint.startswith("tcp://"):
+        raise ValueError(f"control endpoint {endpoint!r} is neither ipc:// nor tcp://")
+    elif keys is None:
+        raise ValueError(f"control endpoint {endpoint} needs keys: pass new_curve_keys()")
+
+
+class ControlServer:
+    """The frontend's end: talks to ranks by number. Must be made and used on one running asyncio event loop."""
+
+    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None) -> None:
+        """Bind. For `tcp://host:*` the `endpoint` attribute says the port that was found.
+
+        Raises ValueError for an unsafe endpoint, OSError (zmq.ZMQError) for one in use.
+        """
+        check_endpoint(endpoint, keys)
+        self.malformed = 0
+        self._context = zmq.asyncio.Context()
+        self._authenticator: AsyncioAuthenticator | None = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        _bound(self._socket)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A rank that comes back takes over its name.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            if keys is not None:
+                self._require_keys(keys)
+            self._socket.bind(endpoint)
+        except BaseException:
+            self.close()
+            raise
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _require_keys(self, keys: CurveKeys) -> None:
+        provider = _OneClient(keys.client_public)
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", credentials_provider=provider)
+        self._socket.curve_server = True
+        self._socket.curve_publickey = keys.server_public.encode()
+        self._socket.curve_secretkey = keys.server_secret.encode()
+
+    def send(self, rank: int, message: Message) -> None:
+        """Queue a message for a rank. Raises Overloaded when it is not connected or its queue is full."""
+        # With DONTWAIT the message is queued or refused within the call; the future only carries the outcome.
+        parts = [_identity(rank), encode_message(message)]
+        outcome = asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.DONTWAIT))
+        error = outcome.exception()
+        if error is not None:
+            raise Overloaded(f"control message to rank {rank} was not sent: {error}")
+
+    async def receive(self) -> tuple[int, Message]:
+        """The next message and the rank that sent it. Malformed ones are counted in `malformed` and skipped."""
+        while True:
+            parts = await self._socket.recv_multipart()
+            try:
+                return _read(parts)
+            except ProtocolError:
+                self.malformed += 1
+
+    def close(self) -> None:
+        """Close at once; what was not sent is lost."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+class ControlClient:
+    """A rank's end. For one thread; nothing blocks but `wait`."""
+
+    def __init__(self, endpoint: str, rank: int, *, keys: CurveKeys | None = None) -> None:
+        """Connect (the server may come later). Raises ValueError for an unsafe endpoint."""
+        check_endpoint(endpoint, keys)
+        self.malformed = 0
+        self.rank = rank
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        _bound(self._socket)
+        self._socket.setsockopt(zmq.IDENTITY, _identity(rank))
+        if keys is not None:
+            self._socket.curve_serverkey = keys.server_public.encode()
+            self._socket.curve_publickey = keys.client_public.encode()
+            self._socket.curve_secretkey = keys.client_secret.encode()
+        self._socket.connect(endpoint)
+
+    def send(self, message: Message) -> None:
+        """Queue a message for the frontend. Raises Overloaded when the queue is full."""
+        try:
+            self._socket.send(encode_message(message), flags=zmq.DONTWAIT)
+        except zmq.Again:
+            raise Overloaded(
+                f"{HIGH_WATER_MARK} control messages of rank {self.rank} wait: the frontend takes none of them"
+            ) from None
+
+    def receive_all(self) -> list[Message]:
+        """All messages that are there. Malformed ones are counted in `malformed` and skipped."""
+        messages: list[Message] = []
+        while True:
+            try:
+                data = self._socket.recv(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return messages
+            try:
+                messages.append(decode_message(data))
+            except ProtocolError:
+                self.malformed += 1
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a message is there or the time is over; says whether one is there. The engine's idle sleep.
+
+        ZeroMQ counts in milliseconds; shorter sleeps look first, then sleep the whole time, deaf.
+        """
+        milliseconds = int(timeout_s * 1000)
+        if self._socket.poll(milliseconds):
+            return True
+        if milliseconds == 0 and timeout_s > 0:
+            time.sleep(timeout_s)
+        return False
+
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close, after at most `linger_s` for what has not been sent; the rest is lost."""
+        self._socket.close(linger=int(linger_s * 1000))
+        self._context.term()
+
+
+class _OneClient:
+    """Admits the one client key of the mesh."""
+
+    def __init__(self, client_public: str) -> None:
+        self._key = client_public.encode()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._key
+
+
+def _bound(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+
+
+def _identity(rank: int) -> bytes:
+    # A name that begins with a zero byte is reserved by ZeroMQ.
+    return b"rank %d" % rank
+
+
+def _read(parts: list[bytes]) -> tuple[int, Message]:
+    if len(parts) != 2 or not parts[0].startswith(b"rank ") or not parts[0][5:].isdigit():
+        raise ProtocolError(f"control message of {len(parts)} parts is not from a rank")
+    return int(parts[0][5:]), decode_message(parts[1])
