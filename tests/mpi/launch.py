@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,12 +28,15 @@ def end_run() -> None:
     signal.pause()
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a run left: exit code, and both outputs of all ranks."""
+def linger(progress: Callable[[], object]) -> NoReturn:
+    """Called in a rank that is done and has said so: stays, with MPI's progress made, until the test ends the run.
 
-    returncode: int
-    output: str
+    A rank that left at once would take with it what it sent last and others have not read yet: MPI drops the messages
+    of a process that it has found gone.
+    """
+    while True:
+        progress()
+        os.sched_yield()
 
 
 def mpirun_command(num_ranks: int, arguments: list[str]) -> list[str]:
@@ -85,8 +88,15 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.send_signal(signal.SIGTERM)
 
 
-def run_ranks(num_ranks: int, arguments: list[str], *, timeout_s: float = 120.0) -> Finished:
-    """Run `python ARGUMENTS` on every rank to the end. A run that is ended by the timeout has a non-zero exit code."""
-    with started_ranks(num_ranks, arguments, timeout_s=timeout_s) as process:
-        output, _ = process.communicate()
-    return Finished(process.returncode, output)
+def await_lines(process: subprocess.Popen[str], word: str, count: int) -> list[str]:
+    """The next `count` lines of the run's output that begin with `word`."""
+    assert process.stdout is not None
+    seen: list[str] = []
+    found: list[str] = []
+    while len(found) < count:
+        line = process.stdout.readline()
+        assert line, f"the ranks ended before {count} lines of {word!r}:\n{''.join(seen)}"
+        seen.append(line)
+        if line.startswith(word):
+            found.append(line)
+    return found

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tests.mpi.launch import end_run
+from tests.mpi.launch import end_run, linger
 from tests.transport.link_contract import CONTRACT, Program
 from transport import buffers
 from transport.buffers import WireBuffer
@@ -43,6 +43,7 @@ def main() -> None:
         for _ in program(link, lambda: sync(world)):
             os.sched_yield()
         print(f"passed {program.__name__}", flush=True)
+    linger(world.Iprobe)
 
 
 if __name__ == "__main__":
@@ -51,4 +52,3 @@ if __name__ == "__main__":
         main()
     except BaseException:
         end_run()
-    os._exit(0)

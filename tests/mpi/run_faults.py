@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from tests.mpi.launch import end_run
+from tests.mpi.launch import end_run, linger
 from transport.flow_control import DEFAULT_WINDOW
 from transport.frame import Frame, Header, Kind
 from transport.mailbox import Mailbox, MailKey
@@ -96,6 +96,6 @@ if __name__ == "__main__":
         hello(own_link)
         {"kill": kill, "stop": stop}[sys.argv[1]](own_link)
         print(f"survived {own_link.rank}", flush=True)
+        linger(own_link.poll)
     except BaseException:
         end_run()
-    os._exit(0)

@@ -2,26 +2,24 @@
 
 import os
 import signal
-import subprocess
 from collections import Counter
 
 import pytest
 
-from tests.mpi.launch import run_ranks, started_ranks
+from tests.mpi.launch import await_lines, started_ranks
 from tests.transport.link_contract import CONTRACT
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_contract(num_ranks: int) -> None:
-    finished = run_ranks(num_ranks, ["tests/mpi/run_contract.py"])
-    assert finished.returncode == 0, finished.output
-    passed = Counter(line.split()[1] for line in finished.output.splitlines() if line.startswith("passed "))
-    assert passed == {program.__name__: num_ranks for program in CONTRACT}, finished.output
+    with started_ranks(num_ranks, ["tests/mpi/run_contract.py"]) as process:
+        passed = Counter(line.split()[1] for line in await_lines(process, "passed", num_ranks * len(CONTRACT)))
+    assert passed == {program.__name__: num_ranks for program in CONTRACT}
 
 
 def test_killed_rank_is_reported_once_and_the_others_go_on() -> None:
-    finished = run_ranks(3, ["tests/mpi/run_faults.py", "kill"])
-    assert {"survived 0", "survived 1"} <= set(finished.output.splitlines()), finished.output
+    with started_ranks(3, ["tests/mpi/run_faults.py", "kill"]) as process:
+        assert sorted(await_lines(process, "survived", 2)) == ["survived 0\n", "survived 1\n"]
 
 
 def test_stopped_rank_does_not_stall_the_others() -> None:
@@ -31,18 +29,3 @@ def test_stopped_rank_does_not_stall_the_others() -> None:
         await_lines(process, "healthy", 2)
         os.kill(victim, signal.SIGCONT)
         await_lines(process, "survived", 3)
-        assert process.wait() == 0
-
-
-def await_lines(process: subprocess.Popen[str], word: str, count: int) -> list[str]:
-    """The next `count` lines of the run's output that begin with `word`."""
-    assert process.stdout is not None
-    seen: list[str] = []
-    found: list[str] = []
-    while len(found) < count:
-        line = process.stdout.readline()
-        assert line, f"the ranks ended before {count} lines of {word!r}:\n{''.join(seen)}"
-        seen.append(line)
-        if line.startswith(word):
-            found.append(line)
-    return found
