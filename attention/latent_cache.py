@@ -25,8 +25,3 @@ class LatentCache:
     def layer(self, layer: int) -> Tensor:
         """The blocks of one layer, [num_blocks, BLOCK_SIZE, width]."""
         return self._layers[layer]
-
-
-def bytes_per_block(num_layers: int, width: int) -> int:
-    """Bytes that one block takes over all layers."""
-    return num_layers * BLOCK_SIZE * width * 4

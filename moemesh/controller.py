@@ -31,7 +31,7 @@ from moemesh.engine_client import (
 from moemesh.ledger import Ledger, LedgerEntry, PrefixAffinity
 from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
-from moemesh.sampling import choice_seed
+from moemesh.random_numbers import choice_seed
 from transport import messages
 from transport.control import ControlServer
 from transport.errors import Overloaded as TransportOverloaded

@@ -4,9 +4,6 @@ import os
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
-
-from attention.latent_cache import BLOCK_SIZE, bytes_per_block
 from mesh_config import (
     ConfigError,
     MemoryPlan,
@@ -14,6 +11,7 @@ from mesh_config import (
     ModelConfig,
     Placement,
     available_memory,
+    cache_bytes_per_token,
     check_fits,
     even_placement,
     load_model_config,
@@ -21,10 +19,9 @@ from mesh_config import (
     plan_memory,
 )
 from mesh_config.model_shape import StoredDtype
-from moemesh.checkpoint import Checkpoint
+from moemesh.checkpoint_index import read_index
+from moemesh.cuda_detection import cuda_is_usable
 from moemesh.options import EngineOptions
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CACHE_SHARE = 0.25
 """Share of the memory left beside the weights that the latent caches of a host take by default."""
@@ -58,7 +55,7 @@ def plan_mesh(options: EngineOptions) -> MeshPlan:
         device=_device(options.device),
     )
     placement = placement_of(model, mesh)
-    Checkpoint(options.model_folder, model).close()
+    read_index(options.model_folder, model)
     mesh = replace(mesh, num_cache_blocks=_cache_blocks(options, model, mesh, placement))
     if mesh.device == "cpu":
         ranks = range(mesh.num_ranks)
@@ -76,15 +73,10 @@ def threads_per_rank(options: EngineOptions, ranks_on_host: int) -> int:
     return options.threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
 
 
-def weight_dtype(options: EngineOptions) -> torch.dtype | None:
-    """The format that 16- and 32-bit weights are held in; None keeps each tensor's own."""
-    return None if options.dtype == "auto" else _DTYPES[options.dtype]
-
-
 def _device(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if cuda_is_usable() else "cpu"
 
 
 def memory_of(
@@ -98,16 +90,16 @@ def memory_of(
 def _cache_blocks(options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement) -> int:
     if options.num_gpu_blocks_override is not None:
         return options.num_gpu_blocks_override
-    per_block = bytes_per_block(model.num_layers, model.latent_width)
+    per_block = mesh.block_size * cache_bytes_per_token(model)
     if options.kv_cache_memory_bytes is not None:
         blocks = options.kv_cache_memory_bytes // per_block
         if blocks < 1:
             raise ConfigError(
-                f"kv-cache-memory-bytes = {options.kv_cache_memory_bytes} holds no block of {BLOCK_SIZE} tokens: "
+                f"kv-cache-memory-bytes = {options.kv_cache_memory_bytes} holds no block of {mesh.block_size} tokens: "
                 f"at least {per_block} bytes are needed"
             )
         return blocks
-    per_sequence = -(-mesh.max_model_len // BLOCK_SIZE)
+    per_sequence = -(-mesh.max_model_len // mesh.block_size)
     smallest = replace(mesh, num_cache_blocks=1)
     needed = sum(memory_of(options, model, smallest, placement, rank).total for rank in range(mesh.num_ranks))
     left = max(0, available_memory() - needed)

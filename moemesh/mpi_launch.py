@@ -11,16 +11,16 @@ import os
 import shutil
 import signal
 import subprocess
+from array import array
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moemesh.launcher import end_processes, package_environment
 from moemesh.mpi_command import LaunchError
 from moemesh.processes import ProcessIdentity, wait_until_gone
 from moemesh.run_directory import RunDirectory, RunDirectoryError, make_shared_memory_folder
+from transport.mpi_runtime import detect_mpi_launch, init_mpi
 
 ATTACHED_FRONTEND = "attached-frontend"
 """The command, in no help text, with which rank 0 starts the frontend."""
@@ -31,11 +31,7 @@ _POLL_SECONDS = 0.2
 
 
 def mpi_launch(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """(rank, size) when an MPI launcher started us as one of several. Loads `transport` only where one may have."""
-    if not any(name.startswith(_LAUNCHER_VARIABLES) for name in environment):
-        return None
-    from transport import detect_mpi_launch
-
+    """(rank, size) when an MPI launcher started us as one of several."""
     launch = detect_mpi_launch(environment)
     return launch if launch is not None and launch[1] > 1 else None
 
@@ -47,8 +43,6 @@ def join_mesh(num_ranks: int, prepare: Callable[[], tuple[RunDirectory, Sequence
     MPI. Raises LaunchError in every process when one of them cannot take part.
     """
     segments = _prepare_open_mpi(os.environ)
-    from transport import init_mpi
-
     mpi = init_mpi()
     try:
         return _join(mpi, num_ranks, prepare, segments)
@@ -167,17 +161,17 @@ def _adopt(run: RunDirectory, segments: Path | None) -> None:
 def _agree(mpi: Any, problem: str | None) -> None:
     """Collective. Raises LaunchError in every rank with the problem of the first one that has any."""
     world = mpi.COMM_WORLD
-    first = np.array([world.size if problem is None else world.rank], dtype=np.int64)
+    first = array("q", [world.size if problem is None else world.rank])
     world.Allreduce(mpi.IN_PLACE, first, op=mpi.MIN)
     if first[0] < world.size:
-        raise LaunchError(_broadcast(world, problem or "", root=int(first[0])))
+        raise LaunchError(_broadcast(world, problem or "", root=first[0]))
 
 
 def _broadcast(world: Any, message: str, *, root: int) -> str:
     """Collective: the root's text."""
-    content = np.frombuffer(message.encode(), dtype=np.uint8)
-    length = np.array([content.size], dtype=np.int64)
+    content = bytearray(message.encode())
+    length = array("q", [len(content)])
     world.Bcast(length, root=root)
-    buffer = content.copy() if world.rank == root else np.empty(int(length[0]), dtype=np.uint8)
+    buffer = content if world.rank == root else bytearray(length[0])
     world.Bcast(buffer, root=root)
-    return buffer.tobytes().decode()
+    return buffer.decode()

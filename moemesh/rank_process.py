@@ -18,15 +18,19 @@ import torch
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint, CheckpointError
-from moemesh.mesh_plan import placement_of, threads_per_rank, weight_dtype
+from moemesh.mesh_plan import placement_of, threads_per_rank
 from moemesh.model_loader import ModelLoader
 from moemesh.mpi_launch import mpi_launch
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
 from moemesh.run_directory import RunDirectory
 from moemesh.watchdog import Watchdog, end_failed
-from transport import Link, LocalNetwork, MpiLink, init_mpi, messages
+from transport import messages
 from transport.control import ControlClient
+from transport.links import Link
+from transport.local_link import LocalNetwork
+from transport.mpi_link import MpiLink
+from transport.mpi_runtime import init_mpi
 
 PROGRESS_SECONDS = 0.2
 START_SECONDS = 60.0
@@ -99,7 +103,7 @@ def _serve(options: EngineOptions, rank: int, num_ranks: int, control: ControlCl
         placement=placement,
         rank=rank,
         device=device,
-        weight_dtype=weight_dtype(options),
+        weight_dtype=_weight_dtype(options),
         report=_Reporter(control, rank).report,
     ).load()
     engine = build_rank(model, mesh, placement, link=link, control=control, device=device)
@@ -119,6 +123,14 @@ def _claim_device(options: EngineOptions, num_ranks: int) -> tuple[torch.device,
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device, local_size
+
+
+def _weight_dtype(options: EngineOptions) -> torch.dtype | None:
+    """The format that 16- and 32-bit weights are held in; None keeps each tensor's own."""
+    if options.dtype == "auto":
+        return None
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
 
 
 def _say_what_is_slow(device: torch.device) -> None:

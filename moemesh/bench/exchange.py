@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from transport import Frame, Header, Kind, Link, LocalNetwork, plan_dispatch
+from transport.dispatch import plan_dispatch
+from transport.frame import Frame, Header, Kind
+from transport.links import Link
+from transport.local_link import LocalNetwork
 
 # A model of DeepSeek-V3's kind on sixteen ranks.
 PLAN_EXPERTS, PLAN_TOP_K, PLAN_RANKS = 256, 8, 16

@@ -17,7 +17,8 @@ from moemesh.bench.exchange import measure_between_processes
 from moemesh.flags import counts
 from moemesh.run_directory import RunDirectory
 from moemesh.watchdog import Watchdog, end_failed
-from transport import MpiLink, init_mpi
+from transport.mpi_link import MpiLink
+from transport.mpi_runtime import init_mpi
 
 RESULT = "exchange.json"
 

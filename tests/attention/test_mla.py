@@ -17,7 +17,7 @@ from moemesh.mesh_plan import placement_of
 from moemesh.model import AttentionModel
 from moemesh.model_loader import ModelLoader
 from tests.oracle import oracle_model, write_random_checkpoint
-from transport import maximal_subtrees, owned_shards, tree_sum
+from transport.shards import maximal_subtrees, owned_shards, tree_sum
 
 CPU = torch.device("cpu")
 LENGTH = 70

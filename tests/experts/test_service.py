@@ -10,7 +10,9 @@ import torch
 import kernels
 from experts import ExpertBank, ExpertService, LocalCall, answer_frame
 from experts.compact import weighted_rows
-from transport import ExpertCall, Frame, Header, Kind, ProtocolError
+from transport.dispatch import ExpertCall
+from transport.errors import ProtocolError
+from transport.frame import Frame, Header, Kind
 
 HIDDEN, WIDTH, NUM_EXPERTS = 24, 16, 6
 RESIDENT = (1, 2, 4, 5)

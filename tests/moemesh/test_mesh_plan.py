@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from attention.latent_cache import bytes_per_block
 from mesh_config import ConfigError
 from moemesh.checkpoint import CheckpointError
 from moemesh.mesh_plan import MeshPlan, plan_mesh, threads_per_rank
@@ -26,7 +25,7 @@ def _plan(folder: Path, **options: Any) -> MeshPlan:
 
 def test_the_cache_has_the_size_asked_for(folder: Path) -> None:
     assert _plan(folder, num_gpu_blocks_override=7).mesh.num_cache_blocks == 7
-    per_block = bytes_per_block(3, 48)
+    per_block = 3 * 32 * 48 * 4  # layers, tokens, latent width, float32
     assert _plan(folder, kv_cache_memory_bytes=5 * per_block + 1).mesh.num_cache_blocks == 5
     with pytest.raises(ConfigError, match=str(per_block)):
         _plan(folder, kv_cache_memory_bytes=per_block - 1)

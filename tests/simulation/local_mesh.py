@@ -18,7 +18,9 @@ from moemesh.model_loader import ModelLoader
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from moemesh.sampling_params import SamplingParams
-from transport import Kind, LocalNetwork, messages
+from transport import messages
+from transport.frame import Kind
+from transport.local_link import LocalNetwork
 
 CPU = torch.device("cpu")
 MAX_TURNS = 200_000

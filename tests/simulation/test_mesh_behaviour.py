@@ -10,7 +10,7 @@ import torch
 from moemesh.sampling_params import SamplingParams
 from tests.oracle import write_random_checkpoint
 from tests.simulation.local_mesh import LocalMesh
-from transport import Kind
+from transport.frame import Kind
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 OWN_WORK = (Kind.DISPATCH, Kind.COLLECTIVE, Kind.PLAN, Kind.SAMPLES)
