@@ -4,6 +4,9 @@ One row of C + R values per token and layer: the normalised key-value latent, th
 share (DeepSeek-V2, arXiv 2405.04434, section 2.1). Every tensor-parallel peer of a group holds the same cache.
 """
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -19,9 +22,16 @@ class LatentCache:
 
     def __init__(self, *, num_layers: int, num_blocks: int, width: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
-        blocks = torch.zeros((num_layers, num_blocks, BLOCK_SIZE, width), dtype=torch.float32, device=device)
+        shape = (num_layers, num_blocks, BLOCK_SIZE, width)
+        blocks = _untouched_zeros(shape) if device.type == "cpu" else torch.zeros(shape, device=device)
         self._layers = blocks.unbind()
 
     def layer(self, layer: int) -> Tensor:
         """The blocks of one layer, [num_blocks, BLOCK_SIZE, width]."""
         return self._layers[layer]
+
+
+def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
+    """float32 zeros that take memory, page by page, only as they are written: at start none, and no time."""
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32, count=math.prod(shape)).view(shape)

@@ -33,7 +33,8 @@ class MpiRun:
         flags = ["-n", str(num_ranks)]
         if self.open_mpi is not None:
             segments = "btl_sm_backing_directory" if self.open_mpi >= 5 else "btl_vader_backing_directory"
-            # Only pml ob1 supports ULFM; binding would pin each rank, and all its threads, to one core.
+            # Only pml ob1 supports ULFM; binding would pin each rank, and all its threads, to one core. The ofi
+            # component, where it finds no network of its own, sleeps for a second in every rank's MPI_Init.
             flags += [
                 "--oversubscribe",
                 "--bind-to",
@@ -41,6 +42,9 @@ class MpiRun:
                 "--mca",
                 "pml",
                 "ob1",
+                "--mca",
+                "btl",
+                "^ofi",
                 "--mca",
                 segments,
                 str(shared_memory),

@@ -141,6 +141,7 @@ def _prepare_open_mpi(environment: MutableMapping[str, str]) -> Path | None:
     Returns the folder for this rank's shared-memory segments, unless the user chose one.
     """
     environment.setdefault("OMPI_MCA_pml", "ob1")
+    environment.setdefault("OMPI_MCA_btl", "^ofi")
     if _SEGMENTS_VARIABLE in environment:
         return None
     segments = make_shared_memory_folder(num_ranks=1)

@@ -6,6 +6,8 @@ becomes a rank, and rank 0 starts the frontend, which is `serve_attached`.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 
 from moemesh.launcher import RankLauncher, module_command
@@ -24,9 +26,9 @@ def serve(options: ServeOptions) -> int:
 
     Refuses a port in use, a model or a mesh that cannot be served, before anything is started or loaded.
     """
+    # Until the frontend listens to signals itself: leave by the `finally` below.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with listening(options.host, options.port) as sockets:
-        # Not at the top: a rank has no use for the gateway, and a frontend none for the engine.
-        from moemesh.frontend import run_frontend
         from moemesh.mesh_plan import plan_mesh
 
         plan = plan_mesh(options)
@@ -35,6 +37,9 @@ def serve(options: ServeOptions) -> int:
         try:
             run.write_options(options)
             ranks.start()
+            # Not at the top: a rank has no use for the gateway, and the ranks of this mesh need not wait for it.
+            from moemesh.frontend import run_frontend
+
             return run_frontend(options, plan, run_directory=run, ranks=ranks, sockets=sockets)
         finally:
             ranks.stop(_STOP_GRACE_SECONDS)

@@ -175,9 +175,9 @@ def fake_mpirun(folder: Path, version: str, *, ulfm: bool = False) -> Path:
 @pytest.mark.parametrize(
     ("version", "ulfm", "expected"),
     [
-        ("mpirun (Open MPI) 5.0.11", True, "--mca btl_sm_backing_directory /shm --with-ft ulfm rank"),
-        ("mpirun (Open MPI) 5.0.11", False, "--mca btl_sm_backing_directory /shm rank"),
-        ("mpirun (Open MPI) 4.1.4", True, "--mca btl_vader_backing_directory /shm rank"),
+        ("mpirun (Open MPI) 5.0.11", True, "--mca btl ^ofi --mca btl_sm_backing_directory /shm --with-ft ulfm rank"),
+        ("mpirun (Open MPI) 5.0.11", False, "--mca btl ^ofi --mca btl_sm_backing_directory /shm rank"),
+        ("mpirun (Open MPI) 4.1.4", True, "--mca btl ^ofi --mca btl_vader_backing_directory /shm rank"),
         ("HYDRA build details: Version: 4.2", True, "-n 3 rank"),
     ],
 )
