@@ -1,8 +1,9 @@
 """The arithmetic that all parts share, batch-invariant on the CPU: a row's bits depend on that row alone."""
 
 from kernels.attention import KEY_BLOCK, mla_attention
-from kernels.experts import PackedExperts, ffn, grouped_ffn, moe
+from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.heads import PackedHeads, head_linear, pack_heads
+from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
 from kernels.linear import PackedLinear, linear, pack_linear
 from kernels.mla import AttentionBatch, MlaWeights, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
@@ -16,10 +17,13 @@ __all__ = [
     "AttentionBatch",
     "BlockScale",
     "Gate",
+    "Layer",
+    "LayerStack",
     "MlaWeights",
     "PackedExperts",
     "PackedHeads",
     "PackedLinear",
+    "RoutedExperts",
     "SlotPlan",
     "add_rms_norm_",
     "argmax",
@@ -36,7 +40,6 @@ __all__ = [
     "mla_attend",
     "mla_attention",
     "mla_project",
-    "moe",
     "native_available",
     "native_reason",
     "num_threads",
@@ -46,6 +49,7 @@ __all__ = [
     "rms_norm",
     "rope_",
     "route",
+    "run_layers_",
     "set_num_threads",
     "tree_add",
 ]

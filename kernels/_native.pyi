@@ -24,19 +24,6 @@ def grouped_ffn(
     y_at: int,
     /,
 ) -> None: ...
-def moe(
-    experts_at: int,
-    x_at: int,
-    num_rows: int,
-    ids_at: int,
-    place_of_at: int,
-    num_places: int,
-    top_k: int,
-    weights_at: int,
-    base_at: int,
-    y_at: int,
-    /,
-) -> None: ...
 def rms_norm(x_at: int, weight_at: int, y_at: int, num_rows: int, width: int, eps: float, /) -> None: ...
 def add_rms_norm(
     x_at: int, y_at: int, weight_at: int, out_at: int, num_rows: int, width: int, eps: float, /
@@ -133,6 +120,7 @@ def mla_attend(
     weights_at: int, batch_at: int, rows_at: int, cache_at: int, num_blocks: int, out_at: int, /
 ) -> None: ...
 def mla(weights_at: int, batch_at: int, x_at: int, cache_at: int, num_blocks: int, out_at: int, /) -> None: ...
+def layers(stack_at: int, batch_at: int, x_at: int, /) -> None: ...
 def pack(
     source_at: int,
     row_bytes: int,

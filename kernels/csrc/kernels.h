@@ -56,6 +56,29 @@ typedef struct {
     int64_t num_rows, num_seqs, max_blocks;
 } MlaBatch;
 
+/* One layer of a rank that has all of it (kernels/layers.py fills it, same order). `experts` and what belongs to the gate
+   are 0 in a dense layer; `ffn` is the dense network there, elsewhere the shared expert (NULL where there is none). */
+typedef struct {
+    const float *input_norm;
+    const Mla *attention;
+    const float *output_bias; /* may be NULL */
+    float *cache;
+    const float *ffn_norm;
+    const Experts *ffn, *experts;
+    const int32_t *place_of; /* [num_experts] place of each in `experts` */
+    int64_t *counts;         /* [num_experts] gets 1 for each choice; may be NULL */
+    const Matrix *gate;
+    const float *gate_bias;
+    int64_t num_experts, num_groups, topk_groups, top_k, softmax, method, normalize;
+    double scale;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers, hidden, num_blocks; /* num_blocks: of each layer's cache */
+    double eps;
+} Stack;
+
 typedef struct {
     const float *logits, *bias; /* bias may be NULL */
     int32_t *ids;

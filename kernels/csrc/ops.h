@@ -49,6 +49,9 @@ const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, fl
 /* Both at once, where no peer has rows of its own. */
 const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache, int64_t num_blocks, float *out);
 
+/* All layers, one after the other: x [num_rows][hidden] becomes the hidden states after the last of them. */
+const char *op_layers(const Stack *s, const MlaBatch *b, float *x);
+
 /* Copies rows [num_out][num_in] of element_bytes (row stride in bytes) into panels; see Matrix for `interleave`.
    With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */
 const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int64_t num_in, int64_t element_bytes,
