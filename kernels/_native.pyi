@@ -30,6 +30,31 @@ def add_rms_norm(
 ) -> None: ...
 def log_softmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
 def argmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
+def sample(logits_at: int, draws_at: int, tokens_at: int, num_rows: int, vocab: int, /) -> None: ...
+def score(
+    logits_at: int,
+    tokens_at: int,
+    num_top_at: int,
+    num_rows: int,
+    vocab: int,
+    most_top: int,
+    logprobs_at: int,
+    ranks_at: int,
+    top_ids_at: int,
+    top_logprobs_at: int,
+    /,
+) -> None: ...
+def normed_linear(
+    matrix_at: int,
+    x_at: int,
+    index_at: int,
+    num_index: int,
+    num_rows: int,
+    weight_at: int,
+    eps: float,
+    y_at: int,
+    /,
+) -> None: ...
 def rope(
     x_at: int,
     row_stride: int,

@@ -84,6 +84,12 @@ static const char *run_grouped_ffn(const Value *v)
     return op_grouped_ffn(v[0].p, v[1].p, v[2].i, &slots, v[8].p);
 }
 
+static const char *run_score(const Value *v)
+{
+    Scoring s = {v[0].p, v[1].p, v[2].p, v[4].i, v[5].i, v[6].p, v[7].p, v[8].p, v[9].p};
+    return op_score(&s, v[3].i);
+}
+
 OPERATION(linear, "ppip", op_linear(v[0].p, v[1].p, v[2].i, v[3].p))
 OPERATION(heads, "piipiiip", op_heads(v[0].p, v[1].i, v[2].i, v[3].p, v[4].i, v[5].i, v[6].i, v[7].p))
 OPERATION(grouped_ffn, "ppipppiip", run_grouped_ffn(v))
@@ -91,6 +97,10 @@ OPERATION(rms_norm, "pppiif", op_rms_norm(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i
 OPERATION(add_rms_norm, "ppppiif", op_add_rms_norm(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].i, (float)v[6].f))
 OPERATION(log_softmax, "ppii", op_log_softmax(v[0].p, v[1].p, v[2].i, v[3].i))
 OPERATION(argmax, "ppii", op_argmax(v[0].p, v[1].p, v[2].i, v[3].i))
+OPERATION(sample, "pppii", op_sample(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i))
+OPERATION(score, "pppiiipppp", run_score(v))
+OPERATION(normed_linear, "pppiipfp",
+          op_normed_linear(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, v[5].p, (float)v[6].f, v[7].p))
 OPERATION(rope, "piiiiippi",
           op_rope(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, v[5].i, v[6].p, v[7].p, (int)v[8].i))
 OPERATION(route, "ppppiiiiiiiif", run_route(v))
@@ -153,7 +163,7 @@ static PyObject *py_num_threads(PyObject *module, PyObject *none)
 
 static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
-    FAST(argmax), FAST(rope), FAST(route), FAST(gate), FAST(plan_slots), FAST(combine), FAST(tree_add),
+    FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate), FAST(plan_slots), FAST(combine), FAST(tree_add),
     FAST(attention), FAST(mla_project), FAST(mla_attend), FAST(mla), FAST(layers), FAST(pack), FAST(advise_huge_pages),
     FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},

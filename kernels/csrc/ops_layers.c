@@ -1,5 +1,7 @@
-/* The driver of a whole stack of layers, for a rank that needs nobody's help with them. It is made of the other drivers,
-   so that its bits are those of the single operations. */
+/* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of the head. They are made
+   of the other drivers, so that their bits are those of the single operations. */
+#include <string.h>
+
 #include "ops.h"
 #include "pool.h"
 
@@ -74,4 +76,20 @@ const char *op_layers(const Stack *s, const MlaBatch *b, float *x)
     }
     const float *const sum[] = {x, stages.added};
     return wrong ? wrong : op_tree_add(sum, 2, x, b->num_rows * s->hidden);
+}
+
+const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
+                             const float *weight, float eps, float *y)
+{
+    const int64_t n = m->num_in;
+    float *rows = pool_buffer(1, (2 * num_index * n + 1) * (int64_t)sizeof(float)), *normed = rows + num_index * n;
+    if (!rows)
+        return out_of_memory;
+    for (int64_t i = 0; i < num_index; i++) {
+        if (index[i] < 0 || index[i] >= num_rows)
+            return "index points outside the rows of x";
+        memcpy(rows + i * n, x + index[i] * n, n * sizeof(float));
+    }
+    const char *wrong = op_rms_norm(rows, weight, normed, num_index, n, eps);
+    return wrong ? wrong : op_linear(m, normed, num_index, y);
 }

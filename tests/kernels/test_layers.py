@@ -11,7 +11,7 @@ import torch
 import kernels
 from kernels import reference
 from tests.kernels.test_mla import FIELDS, HEADS, HIDDEN, LATENT, ROPE, VALUE, batch, layer
-from tests.kernels.weights import experts, normal, packed, relative_error
+from tests.kernels.weights import experts, needs_native, normal, packed, relative_error
 
 NUM_EXPERTS, NUM_ROWS, EPS = 6, 70, 1e-6
 
@@ -114,3 +114,19 @@ def test_layers_that_do_not_fit_are_refused() -> None:
     stack = kernels.LayerStack([whole_layer(dense=True)], eps=EPS)
     with pytest.raises(ValueError, match=r"x has shape \(69, "):
         kernels.run_layers_(normal(NUM_ROWS - 1, HIDDEN), stack, batch(NUM_ROWS))
+
+
+def test_the_head_is_its_operations_to_the_bit() -> None:
+    head, weight, x = packed(61, HIDDEN, torch.bfloat16), normal(HIDDEN, seed=1), normal(9, HIDDEN)
+    rows = [8, 0, 3, 3]
+    want = kernels.linear(kernels.rms_norm(x[rows], weight, EPS), head)
+    got = kernels.normed_linear(x, rows, weight, EPS, head)
+    assert torch.equal(got, want) or not kernels.native_available()
+    torch.testing.assert_close(got, want)
+    assert kernels.normed_linear(x, [], weight, EPS, head).shape == (0, 61)
+
+
+@needs_native
+def test_a_row_without_hidden_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="outside the rows"):
+        kernels.normed_linear(normal(2, 8), [2], normal(8), EPS, packed(5, 8, torch.float32))
