@@ -19,23 +19,23 @@ class MultiHeadLatentAttention:
     """
 
     def __init__(self, weights: kernels.MlaWeights, output_bias: Tensor | None) -> None:
-        self._weights = weights
-        self._output_bias = output_bias
+        self.weights = weights
+        self.output_bias = output_bias
 
     def project(self, x_OH: Tensor, batch: kernels.AttentionBatch, first_row: int) -> Tensor:
         """What peers need to know of each token, [O, D]; x_OH are O rows of the batch, from `first_row` on."""
-        return kernels.mla_project(x_OH, self._weights, batch, first_row)
+        return kernels.mla_project(x_OH, self.weights, batch, first_row)
 
     def attend(
         self, rows_TD: Tensor, batch: kernels.AttentionBatch, cache: LatentCache, layer: int
     ) -> tuple[Tensor, ...]:
         """Write the tokens' latents, attend with the local heads; one partial output [T, H] per owned subtree."""
-        return kernels.mla_attend(rows_TD, self._weights, batch, cache.layer(layer))
+        return kernels.mla_attend(rows_TD, self.weights, batch, cache.layer(layer))
 
     def whole(self, x_TH: Tensor, batch: kernels.AttentionBatch, cache: LatentCache, layer: int) -> Tensor:
         """Both at once, [T, H], on a rank that owns all shards."""
-        return self.finish(kernels.mla(x_TH, self._weights, batch, cache.layer(layer)))
+        return self.finish(kernels.mla(x_TH, self.weights, batch, cache.layer(layer)))
 
     def finish(self, y_TH: Tensor) -> Tensor:
         """Add the output projection's bias, once, after the sum over all shards."""
-        return y_TH if self._output_bias is None else y_TH + self._output_bias
+        return y_TH if self.output_bias is None else y_TH + self.output_bias

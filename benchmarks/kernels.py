@@ -75,9 +75,9 @@ def experts(num_rows: int) -> None:
     for slot in range(256):
         packed.load(slot, down.T.contiguous(), down.T.contiguous(), down)
     ids = torch.stack([torch.randperm(256, generator=generator)[:8] for _ in range(num_rows)]).int()
-    weights, places = torch.rand(num_rows, 8), torch.arange(256, dtype=torch.int32)
+    rows = torch.arange(8 * num_rows, dtype=torch.int32) // 8
     x = torch.randn(num_rows, 1024)
-    seconds = best_seconds(lambda: kernels.moe(x, packed, (ids, weights), None, place_of=places))
+    seconds = best_seconds(lambda: kernels.grouped_ffn(x, packed, rows, ids.flatten()))
     touched = len(set(ids.flatten().tolist())) * 3 * 1024 * 256 * 2
     operations = 6 * num_rows * 8 * 1024 * 256
     print(

@@ -38,7 +38,3 @@ class ExpertBank:
             call.slot_expert.to(device),
             place_of=self.local_slot_E,
         )
-
-    def combined(self, x_TH: Tensor, routed: tuple[Tensor, Tensor], base_TH: Tensor | None) -> Tensor:
-        """Base plus the routed experts' rows times their weights, [T, H]: where all experts are resident."""
-        return kernels.moe(x_TH, self.packed, routed, base_TH, place_of=self.local_slot_E)

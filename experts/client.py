@@ -80,8 +80,6 @@ class ExpertClient:
     ) -> Steps[Tensor]:
         """Output [T, H] of a MoE layer: what `meanwhile` returns, computed while the tokens are away, plus the routed
         experts' rows times their weights, added in top-k order. `routed` is the router's (ids, weights), [T, K]."""
-        if self._link.num_ranks == 1 and not self._compact:
-            return self._service.answer_alone(layer, x_TH, routed, meanwhile())
         ids_TK, weights_TK = routed
         dispatch = plan_dispatch(ids_TK.cpu(), self._rank_of_expert[layer], self._link.num_ranks)
         began = time.perf_counter()

@@ -94,10 +94,10 @@ class ExpertService:
         """Queue a call of this rank's own attention."""
         self._enqueue(local.layer, _Waiting(call=local.call, weights=local.weights, local=local))
 
-    def answer_alone(self, layer: int, x_TH: Tensor, routed: tuple[Tensor, Tensor], base_TH: Tensor | None) -> Tensor:
-        """A whole MoE layer at once, [T, H]: for the attention of the only rank, which has nobody to wait for."""
-        self._count(layer, 1, x_TH.shape[0])
-        return self._banks[layer].combined(x_TH, routed, base_TH)
+    def count_whole(self, num_tokens: int) -> None:
+        """Count tokens that the only rank of a mesh has led through all its layers at once, without a call."""
+        for layer in self._banks:
+            self._count(layer, 1, num_tokens)
 
     def _count(self, layer: int, calls: int, tokens: int) -> None:
         self.stats.batches += 1

@@ -13,7 +13,7 @@ class Router:
     """One layer's gate. Scores are float32 whatever the checkpoint's format, as in DeepSeek's own code."""
 
     def __init__(self, config: ModelConfig, weight: kernels.PackedLinear, correction_bias_E: Tensor | None) -> None:
-        self._gate = kernels.Gate(
+        self.gate = kernels.Gate(
             weight=weight,
             bias_E=correction_bias_E,
             num_groups=config.num_expert_groups,
@@ -30,4 +30,4 @@ class Router:
 
         The correction bias takes part in the choice, not in the weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         """
-        return self._gate.choose(x_TH, counts_E)
+        return self.gate.choose(x_TH, counts_E)

@@ -1,26 +1,37 @@
 """The arithmetic that all parts share, batch-invariant on the CPU: a row's bits depend on that row alone."""
 
 from kernels.attention import KEY_BLOCK, mla_attention
-from kernels.experts import PackedExperts, ffn, grouped_ffn, moe
+from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
+from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.heads import PackedHeads, head_linear, pack_heads
-from kernels.linear import PackedLinear, linear, pack_linear
+from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
+from kernels.linear import PackedLinear, linear, normed_linear, pack_linear
 from kernels.mla import AttentionBatch, MlaWeights, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
 from kernels.runtime import force_isa, isa, native_available, native_reason, num_threads, set_num_threads
+from kernels.sampling import sample, score
 from kernels.slots import SlotPlan, plan_slots
 
 __all__ = [
+    "BEST",
     "KEY_BLOCK",
+    "NOT_FINITE",
+    "NO_TOKEN",
     "AttentionBatch",
     "BlockScale",
+    "Draw",
     "Gate",
+    "Layer",
+    "LayerStack",
     "MlaWeights",
     "PackedExperts",
     "PackedHeads",
     "PackedLinear",
+    "RoutedExperts",
     "SlotPlan",
+    "TokenScore",
     "add_rms_norm_",
     "argmax",
     "combine",
@@ -36,9 +47,9 @@ __all__ = [
     "mla_attend",
     "mla_attention",
     "mla_project",
-    "moe",
     "native_available",
     "native_reason",
+    "normed_linear",
     "num_threads",
     "pack_heads",
     "pack_linear",
@@ -46,6 +57,9 @@ __all__ = [
     "rms_norm",
     "rope_",
     "route",
+    "run_layers_",
+    "sample",
+    "score",
     "set_num_threads",
     "tree_add",
 ]

@@ -24,25 +24,37 @@ def grouped_ffn(
     y_at: int,
     /,
 ) -> None: ...
-def moe(
-    experts_at: int,
-    x_at: int,
-    num_rows: int,
-    ids_at: int,
-    place_of_at: int,
-    num_places: int,
-    top_k: int,
-    weights_at: int,
-    base_at: int,
-    y_at: int,
-    /,
-) -> None: ...
 def rms_norm(x_at: int, weight_at: int, y_at: int, num_rows: int, width: int, eps: float, /) -> None: ...
 def add_rms_norm(
     x_at: int, y_at: int, weight_at: int, out_at: int, num_rows: int, width: int, eps: float, /
 ) -> None: ...
 def log_softmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
 def argmax(x_at: int, y_at: int, num_rows: int, width: int, /) -> None: ...
+def sample(logits_at: int, draws_at: int, tokens_at: int, num_rows: int, vocab: int, /) -> None: ...
+def score(
+    logits_at: int,
+    tokens_at: int,
+    num_top_at: int,
+    num_rows: int,
+    vocab: int,
+    most_top: int,
+    logprobs_at: int,
+    ranks_at: int,
+    top_ids_at: int,
+    top_logprobs_at: int,
+    /,
+) -> None: ...
+def normed_linear(
+    matrix_at: int,
+    x_at: int,
+    index_at: int,
+    num_index: int,
+    num_rows: int,
+    weight_at: int,
+    eps: float,
+    y_at: int,
+    /,
+) -> None: ...
 def rope(
     x_at: int,
     row_stride: int,
@@ -133,6 +145,7 @@ def mla_attend(
     weights_at: int, batch_at: int, rows_at: int, cache_at: int, num_blocks: int, out_at: int, /
 ) -> None: ...
 def mla(weights_at: int, batch_at: int, x_at: int, cache_at: int, num_blocks: int, out_at: int, /) -> None: ...
+def layers(stack_at: int, batch_at: int, x_at: int, /) -> None: ...
 def pack(
     source_at: int,
     row_bytes: int,

@@ -181,43 +181,6 @@ def grouped_ffn(
     return y_SH
 
 
-def moe(
-    x_TH: torch.Tensor,
-    experts: PackedExperts,
-    routed: tuple[torch.Tensor, torch.Tensor],
-    base_TH: torch.Tensor | None,
-    *,
-    place_of: torch.Tensor,
-) -> torch.Tensor:
-    """y_TH = base (or 0) + sum over k of weights[t, k] * expert ids[t, k] of x[t], all experts being here.
-
-    `routed` is (ids int32, weights), both [T, K]. The same bits as `grouped_ffn` and `combine` give; see there.
-    """
-    ids_TK, weights_TK = routed
-    require(x_TH, "x", (None, experts.hidden))
-    num_rows = x_TH.shape[0]
-    require(ids_TK, "ids", (num_rows, None), torch.int32)
-    require(weights_TK, "weights", tuple(ids_TK.shape))
-    if base_TH is not None:
-        require(base_TH, "base", (num_rows, experts.hidden))
-    if not experts.is_native:
-        return reference.moe(x_TH, experts, (_places(ids_TK, place_of), weights_TK), base_TH)
-    y_TH = torch.empty((num_rows, experts.hidden))
-    native.moe(
-        experts.address,
-        x_TH.data_ptr(),
-        num_rows,
-        ids_TK.data_ptr(),
-        place_of.data_ptr(),
-        place_of.shape[0],
-        ids_TK.shape[1],
-        weights_TK.data_ptr(),
-        0 if base_TH is None else base_TH.data_ptr(),
-        y_TH.data_ptr(),
-    )
-    return y_TH
-
-
 def ffn(x_TH: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """y_TH: every row through the only expert of a bank of one, a dense or shared feed-forward network."""
     require(x_TH, "x", (None, experts.hidden))
@@ -225,8 +188,7 @@ def ffn(x_TH: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
         raise ValueError(f"a plain feed-forward network is a bank of 1 expert, this one has {experts.num_experts}")
     num_rows = x_TH.shape[0]
     if not experts.is_native:
-        rows = torch.arange(num_rows, dtype=torch.int32, device=x_TH.device)
-        return reference.grouped_ffn(x_TH, experts, rows, torch.zeros_like(rows))
+        return reference.ffn(x_TH, experts)
     y_TH = torch.empty((num_rows, experts.hidden))
     native.grouped_ffn(experts.address, x_TH.data_ptr(), num_rows, 0, 0, 0, 0, num_rows, y_TH.data_ptr())
     return y_TH

@@ -5,6 +5,8 @@ Legend: T rows, N outputs, K inputs.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +97,24 @@ def linear(x_TK: torch.Tensor, packed: PackedLinear, *, out: torch.Tensor | None
     else:
         require(out, "out", (num_rows, packed.num_out))
     native.linear(packed.address, x_TK.data_ptr(), num_rows, out.data_ptr())
+    return out
+
+
+def normed_linear(
+    x_TK: torch.Tensor, rows: Sequence[int], norm_K: torch.Tensor, eps: float, packed: PackedLinear
+) -> torch.Tensor:
+    """`linear` of `rms_norm` of some rows of x, the same bits: the head. Raises ValueError on a row that is not there
+    (native only)."""
+    require(x_TK, "x", (None, packed.num_in))
+    require(norm_K, "norm", (packed.num_in,))
+    if packed.matrix is None:
+        index = torch.tensor(rows, dtype=torch.int64, device=x_TK.device)
+        return reference.linear(reference.rms_norm(x_TK.index_select(0, index), norm_K, eps), packed)
+    index_at, num_rows = (given := array("q", rows)).buffer_info()
+    out = torch.empty((len(given), packed.num_out))
+    native.normed_linear(
+        packed.address, x_TK.data_ptr(), index_at, num_rows, x_TK.shape[0], norm_K.data_ptr(), eps, out.data_ptr()
+    )
     return out
 
 

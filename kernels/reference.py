@@ -14,6 +14,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from kernels.experts import PackedExperts
     from kernels.heads import PackedHeads
+    from kernels.layers import LayerStack, RoutedExperts
     from kernels.linear import PackedLinear
     from kernels.mla import AttentionBatch, MlaWeights
 
@@ -39,15 +40,33 @@ def grouped_ffn(
     return y_SH
 
 
-def moe(
-    x_TH: torch.Tensor,
-    experts: PackedExperts,
-    routed: tuple[torch.Tensor, torch.Tensor],
-    base_TH: torch.Tensor | None,
+def run_layers_(x_TH: torch.Tensor, stack: LayerStack, batch: AttentionBatch) -> torch.Tensor:
+    for layer in stack.layers:
+        normed = rms_norm(x_TH, layer.input_norm, stack.eps)
+        (y_TH,) = mla_attend(mla_project(normed, layer.attention, batch, 0), layer.attention, batch, layer.cache)
+        x_TH += _biased(y_TH, layer.output_bias)
+        normed = rms_norm(x_TH, layer.ffn_norm, stack.eps)
+        base = None if layer.ffn is None else ffn(normed, layer.ffn)
+        if layer.routed is not None:
+            ids_TK, weights_TK = layer.routed.gate.choose(normed, layer.routed.counts)
+            base = _moe(normed, layer.routed, (ids_TK, weights_TK), base)
+        assert base is not None
+        x_TH += base
+    return x_TH
+
+
+def ffn(x_TH: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    rows = torch.arange(x_TH.shape[0], dtype=torch.int32, device=x_TH.device)
+    return grouped_ffn(x_TH, experts, rows, torch.zeros_like(rows))
+
+
+def _moe(
+    x_TH: torch.Tensor, experts: RoutedExperts, routed: tuple[torch.Tensor, torch.Tensor], base_TH: torch.Tensor | None
 ) -> torch.Tensor:
     ids_TK, weights_TK = routed
     slots_TK = torch.arange(ids_TK.numel(), dtype=torch.int32, device=x_TH.device).view(ids_TK.shape)
-    rows_SH = grouped_ffn(x_TH, experts, (slots_TK // ids_TK.shape[1]).flatten(), ids_TK.flatten())
+    places = experts.place_of.to(x_TH.device)[ids_TK.flatten().long()]
+    rows_SH = grouped_ffn(x_TH, experts.bank, (slots_TK // ids_TK.shape[1]).flatten(), places)
     return combine(rows_SH, slots_TK, weights_TK, base_TH)
 
 

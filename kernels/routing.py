@@ -91,7 +91,7 @@ class Gate:
     method: Method
     normalize: bool
     scale: float
-    _rule: tuple[int | float, ...] = field(init=False, repr=False)
+    rule: tuple[int | float, ...] = field(init=False, repr=False)  # as csrc/kernels.h has it in Route
 
     def __post_init__(self) -> None:
         num_experts = self.weight.num_out
@@ -103,7 +103,7 @@ class Gate:
             *(num_experts, self.num_groups, self.topk_groups, self.top_k),
             *(int(self.scoring == "softmax"), _METHODS.index(self.method), int(self.normalize), self.scale),
         )
-        object.__setattr__(self, "_rule", rule)
+        object.__setattr__(self, "rule", rule)
 
     def choose(self, x_TH: torch.Tensor, counts_E: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """`route` of x W^T, the same bits; `counts_E` (int64, on the CPU) gets 1 for each choice of an expert."""
@@ -123,7 +123,7 @@ class Gate:
             weights_TK.data_ptr(),
             0 if counts_E is None else counts_E.data_ptr(),
             num_rows,
-            *self._rule,
+            *self.rule,
         )
         return ids_TK, weights_TK
 

@@ -1,22 +1,73 @@
 """One forward pass: the model's layers strung together out of attention, gate and experts.
 
 A generator: it gives up control wherever a frame of a peer is needed. The residual stream is float32 and only ever
-holds the rows this member owns.
+holds the rows this member owns. The only rank of a mesh needs no frame, and computes all layers in one call.
 
 Shape legend: T rows of the micro-batch, O the rows this member owns, H hidden.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
 import kernels
+from attention.latent_cache import LatentCache
 from attention.service import AttentionService
-from experts import ExpertClient, WorkId
-from gating import ExpertLoad
+from experts import ExpertClient, ExpertService, WorkId
+from gating import ExpertLoad, Router
 from moemesh.batch import MicroBatch
-from moemesh.model import AttentionLayer, AttentionModel
+from moemesh.model import AttentionLayer, AttentionModel, RankModel
 from transport.tasks import Steps
+
+
+class Forward(Protocol):
+    """What leads micro-batches through the layers."""
+
+    def run(self, batch: MicroBatch, *, generation: int, step: int) -> Steps[Tensor]:
+        """Hidden states [O, H] of the owned rows after the last layer."""
+        ...
+
+
+class WholeForward:
+    """All layers at once: for the only rank of a mesh, which has nobody to wait for."""
+
+    def __init__(self, model: AttentionModel, stack: kernels.LayerStack, experts: ExpertService) -> None:
+        self._model = model
+        self._stack = stack
+        self._experts = experts
+
+    def run(self, batch: MicroBatch, *, generation: int, step: int) -> Steps[Tensor]:
+        """Hidden states [T, H] of all rows after the last layer."""
+        self._experts.count_whole(batch.attention.num_rows)
+        return kernels.run_layers_(self._model.embed(batch.token_ids), self._stack, batch.attention)
+        yield
+
+
+def stack_layers(model: RankModel, cache: LatentCache, load: ExpertLoad) -> kernels.LayerStack:
+    """The layers of a rank that has all heads and all experts, as `WholeForward` takes them."""
+    attention = model.attention
+    assert attention is not None, "a rank without attention has no layers of its own"
+    layers = [
+        kernels.Layer(
+            input_norm=layer.input_norm,
+            attention=layer.attention.weights,
+            output_bias=layer.attention.output_bias,
+            cache=cache.layer(index),
+            ffn_norm=layer.ffn_norm,
+            ffn=layer.local_ffn,
+            routed=None if layer.router is None else _routed(model, index, layer.router, load),
+        )
+        for index, layer in enumerate(attention.layers)
+    ]
+    return kernels.LayerStack(layers, eps=model.config.rms_norm_eps)
+
+
+def _routed(model: RankModel, index: int, router: Router, load: ExpertLoad) -> kernels.RoutedExperts:
+    bank = model.banks[index]
+    return kernels.RoutedExperts(
+        gate=router.gate, bank=bank.packed, place_of=bank.local_slot_E, counts=load.counts(index)
+    )
 
 
 class ForwardPass:

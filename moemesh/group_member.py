@@ -12,7 +12,7 @@ import torch
 
 from attention.service import AttentionService
 from moemesh.batch import MicroBatch, build_micro_batch, split_plan
-from moemesh.forward import ForwardPass
+from moemesh.forward import Forward
 from moemesh.head import RowResults, evaluate_rows
 from moemesh.model import AttentionModel
 from moemesh.scheduler import Scheduler
@@ -37,7 +37,7 @@ class GroupMember:
         mailbox: Mailbox,
         model: AttentionModel,
         attention: AttentionService,
-        forward: ForwardPass,
+        forward: Forward,
         num_micro_batches: int,
         scheduler: Scheduler | None,
         generation: int = 0,

@@ -67,8 +67,7 @@ def evaluate_rows(model: AttentionModel, x_OH: Tensor, first_row: int, rows: Seq
     step = max(1, MAX_LOGITS // model.config.vocab_size)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
-        index = torch.tensor([row.row - first_row for row in piece], dtype=torch.int64, device=x_OH.device)
-        logits_RV = model.logits(x_OH.index_select(0, index))
+        logits_RV = model.logits(x_OH, [row.row - first_row for row in piece])
         results.add(_evaluate(logits_RV, piece))
     return results
 
@@ -77,38 +76,13 @@ def _evaluate(logits_RV: Tensor, rows: SequenceOf[LogitsRow]) -> RowResults:
     results = RowResults()
     sampled = [i for i, row in enumerate(rows) if row.sample]
     if sampled:
-        tokens = sample(logits_RV[sampled], None, [_sample_row(rows[i]) for i in sampled])
+        sample_rows = [SampleRow(rows[i].sequence, rows[i].position + 1) for i in sampled]
+        tokens = sample(logits_RV if len(sampled) == len(rows) else logits_RV[sampled], sample_rows)
         results.sampled = {rows[i].sequence.seq_id: token for i, token in zip(sampled, tokens, strict=True)}
     scored = [i for i, row in enumerate(rows) if row.score_prompt]
     if scored:
         next_ids = [rows[i].sequence.prompt_ids[rows[i].position + 1] for i in scored]
-        num_top = max(rows[i].sequence.params.prompt_logprobs or 0 for i in scored)
+        num_top = [rows[i].sequence.params.prompt_logprobs or 0 for i in scored]
         for i, entry in zip(scored, prompt_logprobs(logits_RV[scored], next_ids, num_top), strict=True):
-            sequence = rows[i].sequence
-            entry = _trimmed(entry, sequence.params.prompt_logprobs or 0)
-            results.prompt_logprobs.setdefault(sequence.seq_id, []).append(entry)
+            results.prompt_logprobs.setdefault(rows[i].sequence.seq_id, []).append(entry)
     return results
-
-
-def _trimmed(entry: Sampled | SamplingError, num_top: int) -> Sampled | SamplingError:
-    if isinstance(entry, SamplingError) or len(entry.top_ids) <= num_top:
-        return entry
-    return Sampled(
-        token_id=entry.token_id,
-        logprob=entry.logprob,
-        rank=entry.rank,
-        top_ids=entry.top_ids[:num_top],
-        top_logprobs=entry.top_logprobs[:num_top],
-    )
-
-
-def _sample_row(row: LogitsRow) -> SampleRow:
-    sequence = row.sequence
-    return SampleRow(
-        params=sequence.params,
-        prompt_ids=sequence.prompt_ids,
-        output_ids=sequence.output_ids,
-        position=row.position + 1,
-        seed=sequence.seed,
-        eos_ids=sequence.eos_ids,
-    )

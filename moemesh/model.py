@@ -1,6 +1,6 @@
 """The part of a model that one rank holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +44,9 @@ class AttentionModel:
         """Rows float32 [T, H] of int64 ids [T]."""
         return self.embedding_VH.index_select(0, token_ids).to(torch.float32)
 
-    def logits(self, x_TH: Tensor) -> Tensor:
-        """Logits float32 [T, V] of hidden states after the last layer."""
-        return kernels.linear(kernels.rms_norm(x_TH, self.final_norm, self.config.rms_norm_eps), self.head)
+    def logits(self, x_TH: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits float32 [R, V] of some rows of the hidden states after the last layer."""
+        return kernels.normed_linear(x_TH, rows, self.final_norm, self.config.rms_norm_eps, self.head)
 
 
 @dataclass(frozen=True, kw_only=True)

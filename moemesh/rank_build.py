@@ -12,9 +12,9 @@ from gating import ExpertLoad
 from mesh_config.mesh import MeshConfig
 from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
-from moemesh.forward import ForwardPass
+from moemesh.forward import Forward, ForwardPass, WholeForward, stack_layers
 from moemesh.group_member import GroupMember
-from moemesh.model import AttentionModel, RankModel
+from moemesh.model import RankModel
 from moemesh.rank_engine import ControlPort, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
@@ -61,7 +61,7 @@ def build_rank(
         device=device,
     )
     client = _client(parts) if model.attention is not None else None
-    member = _member(parts, model.attention, client) if model.attention is not None and client is not None else None
+    member = _member(parts, model, client) if client is not None else None
     return RankEngine(
         config=config,
         link=link,
@@ -87,32 +87,39 @@ def _client(parts: _Parts) -> ExpertClient:
     )
 
 
-def _member(parts: _Parts, model: AttentionModel, client: ExpertClient) -> GroupMember:
+def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> GroupMember:
     config, mesh, rank = parts.config, parts.mesh, parts.link.rank
-    group = mesh.group_of(rank)
+    model, group = rank_model.attention, mesh.group_of(rank)
+    assert model is not None
     assert group is not None
     assert mesh.num_cache_blocks is not None
     members = mesh.groups[group]
+    cache = LatentCache(
+        num_layers=config.num_layers,
+        num_blocks=mesh.num_cache_blocks,
+        width=config.latent_width,
+        device=parts.device,
+    )
     attention = AttentionService(
         [layer.attention for layer in model.layers],
-        LatentCache(
-            num_layers=config.num_layers,
-            num_blocks=mesh.num_cache_blocks,
-            width=config.latent_width,
-            device=parts.device,
-        ),
+        cache,
         link=parts.link,
         mailbox=parts.mailbox,
         members=members,
         num_shards=config.num_logical_shards,
     )
+    forward: Forward
+    if mesh.num_ranks == 1 and mesh.combine == "exact":
+        forward = WholeForward(model, stack_layers(rank_model, cache, parts.load), parts.experts)
+    else:
+        forward = ForwardPass(model, attention, client, parts.load)
     return GroupMember(
         members=members,
         link=parts.link,
         mailbox=parts.mailbox,
         model=model,
         attention=attention,
-        forward=ForwardPass(model, attention, client, parts.load),
+        forward=forward,
         num_micro_batches=mesh.micro_batches,
         scheduler=_scheduler(mesh) if members[0] == rank else None,
     )

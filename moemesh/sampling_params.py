@@ -90,6 +90,11 @@ class SamplingParams:
         """Whether the best token is taken, without a draw."""
         return self.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that were there before are worth less, or more."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
     def _normalise(self) -> None:
         """Lists become tuples and one stop string a tuple of one, so that the value cannot change later."""
         if isinstance(self.stop, str):

@@ -6,6 +6,7 @@ last is not computed yet, so a decoding sequence is one that lacks one token, an
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,6 +86,10 @@ class SequenceOutput:
         return self.finish_reason is not None or self.error is not None
 
 
+def _no_tokens() -> array[int]:
+    return array("i")
+
+
 @dataclass(kw_only=True, slots=True)
 class Sequence:
     """One prompt being continued. Owned and changed by one Scheduler (or one PlanMirror).
@@ -104,6 +109,7 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     prompt_logprobs: list[Sampled] = field(default_factory=list)
+    _history: array[int] = field(default_factory=_no_tokens, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +125,12 @@ class Sequence:
         """Tokens at positions start <= position < stop, prompt first."""
         num_prompt = len(self.prompt_ids)
         return [*self.prompt_ids[start:stop], *self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]]
+
+    def history(self) -> array[int]:
+        """All tokens as int32, prompt first: kept, and extended by what is new, so that a step costs no whole copy."""
+        if len(self._history) < self.num_tokens:
+            self._history.extend(self.token_ids(len(self._history), self.num_tokens))
+        return self._history
 
     def max_num_tokens(self, max_model_len: int) -> int:
         """The length at which the sequence ends at the latest."""

@@ -70,6 +70,7 @@ INLINE float exp_one(float x) { return vexp(splat(x))[0]; }
 
 #include "body_gemm.h"
 #include "body_rows.h"
+#include "body_sample.h"
 #include "body_route.h"
 #include "body_attention.h"
 
@@ -80,6 +81,7 @@ const KernelTable TABLE = {
     .rms_norm = rms_norm,
     .log_softmax = log_softmax,
     .argmax = argmax,
+    .exp_doubles = exp_doubles,
     .route = route,
     .combine = combine,
     .tree_add = tree_add,

@@ -56,6 +56,29 @@ typedef struct {
     int64_t num_rows, num_seqs, max_blocks;
 } MlaBatch;
 
+/* One layer of a rank that has all of it (kernels/layers.py fills it, same order). `experts` and what belongs to the gate
+   are 0 in a dense layer; `ffn` is the dense network there, elsewhere the shared expert (NULL where there is none). */
+typedef struct {
+    const float *input_norm;
+    const Mla *attention;
+    const float *output_bias; /* may be NULL */
+    float *cache;
+    const float *ffn_norm;
+    const Experts *ffn, *experts;
+    const int32_t *place_of; /* [num_experts] place of each in `experts` */
+    int64_t *counts;         /* [num_experts] gets 1 for each choice; may be NULL */
+    const Matrix *gate;
+    const float *gate_bias;
+    int64_t num_experts, num_groups, topk_groups, top_k, softmax, method, normalize;
+    double scale;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers, hidden, num_blocks; /* num_blocks: of each layer's cache */
+    double eps;
+} Stack;
+
 typedef struct {
     const float *logits, *bias; /* bias may be NULL */
     int32_t *ids;
@@ -63,6 +86,31 @@ typedef struct {
     int64_t num_rows, num_experts, num_groups, topk_groups, top_k, softmax, method, normalize;
     float scale;
 } Route;
+
+/* How one row is sampled (kernels/sampling.py fills it, same order). Temperature 0: the best, without a draw. */
+typedef struct {
+    double temperature, top_p, min_p, repetition, frequency, presence;
+    double random; /* in [0, 1) */
+    int64_t top_k;
+    const int32_t *tokens; /* prompt, then output */
+    int64_t num_prompt, num_tokens;
+    const int32_t *masked;
+    int64_t num_masked;
+    const int32_t *bias_ids;
+    const double *bias;
+    int64_t num_bias;
+} Draw;
+
+enum { NOT_FINITE = -1, NO_TOKEN = -2 }; /* in place of a sampled token */
+
+typedef struct {
+    const float *logits; /* [num_rows][vocab] */
+    const int64_t *tokens, *num_top;
+    int64_t vocab, most_top;
+    float *logprob; /* NaN where the row's logits are not finite */
+    int64_t *rank, *top_ids;
+    float *top_logprobs; /* [num_rows][most_top] like top_ids */
+} Scoring;
 
 typedef struct {
     const float *latent, *rope, *cache;
@@ -87,6 +135,7 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*log_softmax)(const float *x, float *y, int64_t n);
     int64_t (*argmax)(const float *x, int64_t n);
+    void (*exp_doubles)(const double *x, double *y, int64_t n); /* x is at most 0 */
     void (*route)(const Route *r, int64_t row, float *scratch);
     void (*combine)(const float *rows, const int32_t *slots, const float *weights, int64_t top_k, const float *base,
                     float *y, int64_t n);

@@ -84,20 +84,23 @@ static const char *run_grouped_ffn(const Value *v)
     return op_grouped_ffn(v[0].p, v[1].p, v[2].i, &slots, v[8].p);
 }
 
-static const char *run_moe(const Value *v)
+static const char *run_score(const Value *v)
 {
-    Slots slots = {NULL, v[3].p, v[4].p, v[2].i * v[6].i, v[6].i, v[5].i};
-    return op_moe(v[0].p, v[1].p, v[2].i, &slots, v[7].p, v[8].p, v[9].p);
+    Scoring s = {v[0].p, v[1].p, v[2].p, v[4].i, v[5].i, v[6].p, v[7].p, v[8].p, v[9].p};
+    return op_score(&s, v[3].i);
 }
 
 OPERATION(linear, "ppip", op_linear(v[0].p, v[1].p, v[2].i, v[3].p))
 OPERATION(heads, "piipiiip", op_heads(v[0].p, v[1].i, v[2].i, v[3].p, v[4].i, v[5].i, v[6].i, v[7].p))
 OPERATION(grouped_ffn, "ppipppiip", run_grouped_ffn(v))
-OPERATION(moe, "ppippiippp", run_moe(v))
 OPERATION(rms_norm, "pppiif", op_rms_norm(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, (float)v[5].f))
 OPERATION(add_rms_norm, "ppppiif", op_add_rms_norm(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].i, (float)v[6].f))
 OPERATION(log_softmax, "ppii", op_log_softmax(v[0].p, v[1].p, v[2].i, v[3].i))
 OPERATION(argmax, "ppii", op_argmax(v[0].p, v[1].p, v[2].i, v[3].i))
+OPERATION(sample, "pppii", op_sample(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i))
+OPERATION(score, "pppiiipppp", run_score(v))
+OPERATION(normed_linear, "pppiipfp",
+          op_normed_linear(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, v[5].p, (float)v[6].f, v[7].p))
 OPERATION(rope, "piiiiippi",
           op_rope(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, v[5].i, v[6].p, v[7].p, (int)v[8].i))
 OPERATION(route, "ppppiiiiiiiif", run_route(v))
@@ -109,6 +112,7 @@ OPERATION(tree_add, "pipi", op_tree_add(v[0].p, v[1].i, v[2].p, v[3].i))
 OPERATION(attention, "pppppppiiiiiiiiiiif", run_attention(v))
 OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p))
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
+OPERATION(layers, "ppp", op_layers(v[0].p, v[1].p, v[2].p))
 OPERATION(mla, "ppppip", op_mla(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(pack, "piiiiiipi",
           op_pack(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, (int)v[5].i, (int)v[6].i, v[7].p, v[8].i))
@@ -158,9 +162,9 @@ static PyObject *py_num_threads(PyObject *module, PyObject *none)
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(moe), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
-    FAST(argmax), FAST(rope), FAST(route), FAST(gate), FAST(plan_slots), FAST(combine), FAST(tree_add),
-    FAST(attention), FAST(mla_project), FAST(mla_attend), FAST(mla), FAST(pack), FAST(advise_huge_pages),
+    FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
+    FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate), FAST(plan_slots), FAST(combine), FAST(tree_add),
+    FAST(attention), FAST(mla_project), FAST(mla_attend), FAST(mla), FAST(layers), FAST(pack), FAST(advise_huge_pages),
     FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},

@@ -11,6 +11,9 @@ const char *op_select(const char *isa); /* best variant of this machine if isa i
 const KernelTable *op_table(void);      /* NULL: no variant runs here */
 
 const char *op_linear(const Matrix *m, const float *x, int64_t num_rows, float *y);
+/* y = rms_norm(x[index]) W^T: the head of the rows that want logits. */
+const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
+                             const float *weight, float eps, float *y);
 const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
                      int64_t head_stride, int64_t num_rows, float *y);
 /* Which row goes to which expert. Slot s: row slot_rows[s], or s / top_k if that is NULL; expert place_of[experts[s]],
@@ -29,6 +32,9 @@ const char *op_add_rms_norm(float *x, const float *y, const float *weight, float
                             float eps); /* x += y, out = rms_norm(x) */
 const char *op_log_softmax(const float *x, float *y, int64_t num_rows, int64_t n);
 const char *op_argmax(const float *x, int64_t *y, int64_t num_rows, int64_t n);
+/* tokens[row]: the sampled id, NOT_FINITE or NO_TOKEN. */
+const char *op_sample(const float *logits, const Draw *draws, int64_t *tokens, int64_t num_rows, int64_t vocab);
+const char *op_score(const Scoring *s, int64_t num_rows);
 const char *op_rope(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
                     int64_t width, const float *cosine, const float *sine, int interleave);
 const char *op_route(const Route *r);
@@ -48,6 +54,9 @@ const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, fl
                           float *out);
 /* Both at once, where no peer has rows of its own. */
 const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache, int64_t num_blocks, float *out);
+
+/* All layers, one after the other: x [num_rows][hidden] becomes the hidden states after the last of them. */
+const char *op_layers(const Stack *s, const MlaBatch *b, float *x);
 
 /* Copies rows [num_out][num_in] of element_bytes (row stride in bytes) into panels; see Matrix for `interleave`.
    With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */

@@ -23,22 +23,6 @@ def test_grouped_ffn_agrees_with_torch(dtype: torch.dtype, hidden: int, width: i
     assert torch.equal(got, kernels.grouped_ffn(x, bank, slot_rows, 5 - slot_experts, place_of=places))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [0, 1, 130])
-def test_moe_is_grouped_ffn_and_combine_to_the_bit(dtype: torch.dtype, num_rows: int) -> None:
-    bank, x = experts(5, 61, 40, dtype), normal(num_rows, 61)
-    ids = torch.stack([torch.randperm(6, generator=seeded(t))[:3] for t in range(num_rows + 1)])[1:].int()
-    places = torch.tensor([3, 0, 4, 2, 1, 0], dtype=torch.int32)
-    weights, slots = normal(num_rows, 3), torch.arange(3 * num_rows, dtype=torch.int32).view(-1, 3)
-    rows = kernels.grouped_ffn(x, bank, (slots // 3).flatten(), ids.flatten(), place_of=places)
-    for base in (None, normal(num_rows, 61, seed=1)):
-        got = kernels.moe(x, bank, (ids, weights), base, place_of=places)
-        want = kernels.combine(rows, slots, weights, base)
-        if kernels.native_available():
-            assert torch.equal(got, want)
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-
-
 def test_ffn_is_a_bank_of_one() -> None:
     bank, x = experts(1, 61, 40, torch.bfloat16), normal(130, 61)
     rows = torch.arange(130, dtype=torch.int32)

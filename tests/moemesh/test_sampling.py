@@ -1,4 +1,4 @@
-"""Sampling: the filters against a slow reference, the draw against its distribution, and a row against its neighbours.
+"""Sampling: what the parameters say, the draw against its distribution, and a row against its neighbours.
 
 Shape legend: B rows, V vocabulary.
 """
@@ -10,21 +10,21 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from moemesh.sampling import SampleRow, draw, kept_ids, prompt_logprobs, sample
+from kernels.reference_sampling import kept_ids
+from moemesh.sampling import SampleRow, prompt_logprobs, sample
 from moemesh.sampling_params import SamplingParams
-from moemesh.sequence import Sampled, SamplingError
+from moemesh.sequence import Sampled, SamplingError, Sequence
 
 
-def row(params: SamplingParams, **fields: object) -> SampleRow:
-    given_fields: dict[str, object] = {"prompt_ids": (), "output_ids": (), "position": 0, "seed": 0, **fields}
-    return SampleRow(params=params, **given_fields)  # type: ignore[arg-type]
+def row(params: SamplingParams, *, position: int = 0, **fields: object) -> SampleRow:
+    given_fields: dict[str, object] = {"seq_id": 0, "prompt_ids": (), "seed": 0, **fields}
+    return SampleRow(Sequence(params=params, **given_fields), position)  # type: ignore[arg-type]
 
 
 def logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -32,13 +32,13 @@ def logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
 
 
 def token(logits_V: list[float], params: SamplingParams, **fields: object) -> int:
-    (result,) = sample(torch.tensor([logits_V]), None, [row(params, **fields)])
+    (result,) = sample(torch.tensor([logits_V]), [row(params, **fields)])
     assert isinstance(result, Sampled)
     return result.token_id
 
 
 def reason(logits_V: list[float], params: SamplingParams, **fields: object) -> str:
-    (result,) = sample(torch.tensor([logits_V]), None, [row(params, **fields)])
+    (result,) = sample(torch.tensor([logits_V]), [row(params, **fields)])
     assert isinstance(result, SamplingError)
     return result.reason
 
@@ -52,12 +52,12 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
 
 
 def test_a_greedy_batch_needs_no_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unexpected(logits_BV: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("log_softmax of a batch in which nobody asked for it")
+    def unexpected(*arguments: object) -> None:
+        raise AssertionError("scores of a batch in which nobody asked for them")
 
-    monkeypatch.setattr(kernels, "log_softmax", unexpected)
+    monkeypatch.setattr(kernels, "score", unexpected)
     logits_BV = logits(5, 40)
-    results = sample(logits_BV, None, [row(GREEDY)] * 5)
+    results = sample(logits_BV, [row(GREEDY)] * 5)
     assert [r.token_id for r in results if isinstance(r, Sampled)] == logits_BV.argmax(dim=1).tolist()
     assert all(isinstance(r, Sampled) and r.logprob is None for r in results)
 
@@ -102,71 +102,6 @@ def test_penalties_that_overflow_are_an_error_of_the_row() -> None:
     assert "finite" in reason([1.0, 2.0], replace(GREEDY, repetition_penalty=5e-324), prompt_ids=(0,))
 
 
-def reference_kept(scores: list[float], params: SamplingParams) -> list[int]:
-    """Slow twin of kept_ids, a token at a time over a sorted list."""
-    best = max(scores)
-    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    weights = {i: math.exp(scores[i] - best) for i in ranked}
-    left = [i for i in ranked if weights[i] >= params.min_p]
-    if params.top_k > 0:
-        left = left[: params.top_k]
-    if params.top_p == 1.0:
-        return sorted(left)
-    needed = params.top_p * math.fsum(weights[i] for i in left)
-    kept: list[int] = []
-    while math.fsum(weights[i] for i in kept) < needed:
-        kept.append(left[len(kept)])
-    return sorted(kept)
-
-
-def kept(scores: npt.NDArray[np.float64], params: SamplingParams) -> list[int]:
-    shifted = scores - scores.max()
-    ids = kept_ids(shifted, np.exp(shifted), params)
-    return list(range(scores.size)) if ids is None else [int(i) for i in ids]
-
-
-@given(
-    st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=1, max_size=30),
-    st.integers(-1, 12),
-    st.floats(0.01, 1.0),
-    st.one_of(st.just(0.0), st.floats(0.001, 1.0)),
-)
-@settings(deadline=None)
-def test_the_filters_keep_what_the_reference_keeps(scores: list[float], top_k: int, top_p: float, min_p: float) -> None:
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    # A share that is exactly top_p may fall either side of it by rounding: move off such a tie.
-    for nearby in (top_p, top_p * (1 - 1e-9)):
-        params = replace(params, top_p=nearby)
-        expected = reference_kept(scores, params)
-        if expected == reference_kept(scores, replace(params, top_p=min(1.0 - 1e-12, nearby * (1 + 1e-10)))):
-            assert kept(np.array(scores), params) == expected
-
-
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
-def test_the_nucleus_of_a_large_vocabulary(top_p: float, spread: float) -> None:
-    # Flat distributions need more of the vocabulary than the first cut has.
-    scores = logits(1, 3000)[0].double().numpy() * spread
-    params = SamplingParams(top_p=top_p)
-    assert kept(scores, params) == reference_kept(scores.tolist(), params)
-
-
-def test_a_draw_inverts_the_cumulative_distribution() -> None:
-    weights = np.array([0.5, 0.0, 1.0, 0.5, 0.0])
-    drawn = [draw(weights, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 1.0 - 2.0**-53)]
-    assert drawn == [0, 0, 2, 2, 3, 3]
-
-
-@given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=20))
-@settings(deadline=None)
-def test_the_largest_random_number_falls_on_the_last_token_with_a_weight(weights: list[float]) -> None:
-    assert draw(np.array([1.0, *weights, 0.0]), 1.0 - 2.0**-53) == len(weights)
-
-
-def test_min_p_keeps_equals_of_the_best() -> None:
-    assert kept(np.array([1.0, 2.0, 2.0, 0.0]), SamplingParams(min_p=1.0)) == [1, 2]
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -179,12 +114,13 @@ def test_min_p_keeps_equals_of_the_best() -> None:
 def test_draws_have_the_distribution(params: SamplingParams) -> None:
     num_draws, logits_V = 20_000, logits(1, 12)[0]
     scores = logits_V.double().numpy() / params.temperature
-    allowed = reference_kept(scores.tolist(), params)
+    draw = kernels.Draw(top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
+    allowed = kept_ids(scores - scores.max(), np.exp(scores - scores.max()), draw).tolist()
     expected = np.zeros(12)
     expected[allowed] = np.exp(scores[allowed] - scores.max())
     expected *= num_draws / expected.sum()
     rows = [row(params, position=position, seed=11) for position in range(num_draws)]
-    counts = Counter(r.token_id for r in sample(logits_V.expand(num_draws, 12), None, rows) if isinstance(r, Sampled))
+    counts = Counter(r.token_id for r in sample(logits_V.repeat(num_draws, 1), rows) if isinstance(r, Sampled))
     assert set(counts) <= set(allowed)
     chi_square = sum((counts[i] - expected[i]) ** 2 / expected[i] for i in allowed)
     # Mean len - 1 and variance 2 (len - 1): five deviations above the mean, for fixed seeds.
@@ -219,28 +155,28 @@ def many_rows() -> list[SampleRow]:
 def test_a_row_does_not_depend_on_the_batch() -> None:
     rows = many_rows()
     logits_BV = logits(len(rows), 1003)
-    alone = [sample(logits_BV[i : i + 1].clone(), None, [r])[0] for i, r in enumerate(rows)]
-    assert sample(logits_BV, None, rows) == alone
-    assert sample(logits_BV, kernels.log_softmax(logits_BV), rows) == alone
+    alone = [sample(logits_BV[i : i + 1].clone(), [r])[0] for i, r in enumerate(rows)]
+    assert sample(logits_BV, rows) == alone
     order = list(reversed(range(len(rows))))
-    assert sample(logits_BV[order], None, [rows[i] for i in order]) == [alone[i] for i in order]
-    num_threads = torch.get_num_threads()
+    assert sample(logits_BV[order], [rows[i] for i in order]) == [alone[i] for i in order]
+    num_threads = kernels.num_threads()
     try:
-        torch.set_num_threads(1)
-        assert sample(logits_BV, None, rows) == alone
+        for other in (1, 2):
+            kernels.set_num_threads(other)
+            assert sample(logits_BV, rows) == alone
     finally:
-        torch.set_num_threads(num_threads)
+        kernels.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_no_numbers_hurt_their_row_alone(bad: float) -> None:
     rows = many_rows()
     logits_BV = logits(len(rows), 67)
-    whole = sample(logits_BV, None, rows)
+    whole = sample(logits_BV, rows)
     for broken in (0, 1, 3, 5):
         poisoned_BV = logits_BV.clone()
         poisoned_BV[broken, 13] = bad
-        results = sample(poisoned_BV, None, rows)
+        results = sample(poisoned_BV, rows)
         assert results[broken] == SamplingError(reason="the model's logits are not finite")
         assert results[:broken] + results[broken + 1 :] == whole[:broken] + whole[broken + 1 :]
 
@@ -248,14 +184,14 @@ def test_logits_that_are_no_numbers_hurt_their_row_alone(bad: float) -> None:
 def test_logits_are_left_as_they_were() -> None:
     logits_BV = logits(21, 50)
     before_BV = logits_BV.clone()
-    sample(logits_BV, None, many_rows())
+    sample(logits_BV, many_rows())
     assert torch.equal(logits_BV, before_BV)
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits_BV = logits(1, 30)
     params = SamplingParams(temperature=3.0, logit_bias={7: 100.0}, logprobs=4)
-    (result,) = sample(logits_BV, None, [row(params)])
+    (result,) = sample(logits_BV, [row(params)])
     assert isinstance(result, Sampled)
     logprobs = kernels.log_softmax(logits_BV)[0].tolist()
     ranked = sorted(range(30), key=lambda i: (-logprobs[i], i))
@@ -272,7 +208,7 @@ def test_equal_logprobs_rank_equal_and_list_the_lower_id_first(
     values: list[int], num_top: int, data: st.DataObject
 ) -> None:
     chosen = data.draw(st.integers(0, len(values) - 1))
-    (entry,) = prompt_logprobs(torch.tensor([values], dtype=torch.float32), [chosen], num_top)
+    (entry,) = prompt_logprobs(torch.tensor([values], dtype=torch.float32), [chosen], [num_top])
     assert isinstance(entry, Sampled)
     ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
     assert entry.token_id == chosen
@@ -286,17 +222,17 @@ def test_equal_logprobs_rank_equal_and_list_the_lower_id_first(
 def test_prompt_rows_are_scored_one_by_one() -> None:
     logits_BV = logits(4, 20)
     logits_BV[2, 5] = math.nan
-    scored = prompt_logprobs(logits_BV, [3, 1, 4, 1], 2)
+    scored = prompt_logprobs(logits_BV, [3, 1, 4, 1], [2, 0, 2, 3])
     logprobs_BV = kernels.log_softmax(logits_BV)
     assert scored[2] == SamplingError(reason="the model's logits for the prompt are not finite")
     for i, next_id in ((0, 3), (1, 1), (3, 1)):
         entry = scored[i]
         assert isinstance(entry, Sampled)
-        assert entry == prompt_logprobs(logits_BV[i : i + 1], [next_id], 2)[0]
+        assert entry == prompt_logprobs(logits_BV[i : i + 1], [next_id], [(2, 0, 2, 3)[i]])[0]
         assert entry.logprob == logprobs_BV[i, next_id].item()
 
 
 def test_no_rows() -> None:
     empty_BV = torch.empty(0, 20)
-    assert sample(empty_BV, None, []) == []
-    assert prompt_logprobs(empty_BV, [], 3) == []
+    assert sample(empty_BV, []) == []
+    assert prompt_logprobs(empty_BV, [], []) == []

@@ -1,0 +1,95 @@
+/* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of the head. They are made
+   of the other drivers, so that their bits are those of the single operations. */
+#include <string.h>
+
+#include "ops.h"
+#include "pool.h"
+
+/* Results between the operations of a layer, one after the other in the workspace; all layers use the same. */
+typedef struct {
+    float *normed, *added, *shared, *weights; /* three [rows][hidden], then [rows][top k] */
+    int32_t *ids;
+} Stages;
+
+static int reserve_stages(const Stack *s, int64_t num_rows, Stages *stages)
+{
+    int64_t top_k = 0;
+    for (int64_t i = 0; i < s->num_layers; i++)
+        if (s->layers[i].experts && s->layers[i].top_k > top_k)
+            top_k = s->layers[i].top_k;
+    const int64_t row = round_up(num_rows * s->hidden, 16), choices = round_up(num_rows * top_k, 16);
+    float *at = pool_buffer(3, (3 * row + choices) * (int64_t)sizeof(float) + choices * (int64_t)sizeof(int32_t));
+    if (!at)
+        return 0;
+    *stages = (Stages){at, at + row, at + 2 * row, at + 3 * row, (int32_t *)(at + 3 * row + choices)};
+    return 1;
+}
+
+static const char *attend(const Stack *s, const Layer *l, const MlaBatch *b, const Stages *stages)
+{
+    const char *wrong = op_mla(l->attention, b, stages->normed, l->cache, s->num_blocks, stages->added);
+    for (int64_t i = 0; !wrong && l->output_bias && i < b->num_rows * s->hidden; i++)
+        stages->added[i] += l->output_bias[i % s->hidden];
+    return wrong;
+}
+
+static const char *whole_ffn(const Experts *ffn, const float *x, int64_t num_rows, float *y)
+{
+    const Slots all = {.num_slots = num_rows, .top_k = 1};
+    return op_grouped_ffn(ffn, x, num_rows, &all, y);
+}
+
+static const char *feed_forward(const Layer *l, int64_t num_rows, const Stages *stages)
+{
+    if (!l->experts)
+        return whole_ffn(l->ffn, stages->normed, num_rows, stages->added);
+    Route route = {NULL, l->gate_bias, stages->ids, stages->weights, num_rows, l->num_experts, l->num_groups,
+                   l->topk_groups, l->top_k, l->softmax, l->method, l->normalize, (float)l->scale};
+    const Slots slots = {NULL, stages->ids, l->place_of, num_rows * l->top_k, l->top_k, l->num_experts};
+    const char *wrong = op_gate(l->gate, stages->normed, &route, l->counts);
+    if (!wrong && l->ffn)
+        wrong = whole_ffn(l->ffn, stages->normed, num_rows, stages->shared);
+    return wrong ? wrong
+                 : op_moe(l->experts, stages->normed, num_rows, &slots, stages->weights,
+                          l->ffn ? stages->shared : NULL, stages->added);
+}
+
+const char *op_layers(const Stack *s, const MlaBatch *b, float *x)
+{
+    Stages stages;
+    if (b->num_rows == 0)
+        return NULL;
+    if (!reserve_stages(s, b->num_rows, &stages))
+        return out_of_memory;
+    const char *wrong = NULL;
+    for (const Layer *l = s->layers; !wrong && l < s->layers + s->num_layers; l++) {
+        const float eps = (float)s->eps;
+        wrong = l == s->layers
+                    ? op_rms_norm(x, l->input_norm, stages.normed, b->num_rows, s->hidden, eps)
+                    : op_add_rms_norm(x, stages.added, l->input_norm, stages.normed, b->num_rows, s->hidden, eps);
+        if (!wrong)
+            wrong = attend(s, l, b, &stages);
+        if (!wrong)
+            wrong = op_add_rms_norm(x, stages.added, l->ffn_norm, stages.normed, b->num_rows, s->hidden, eps);
+        if (!wrong)
+            wrong = feed_forward(l, b->num_rows, &stages);
+    }
+    const float *const sum[] = {x, stages.added};
+    return wrong ? wrong : op_tree_add(sum, 2, x, b->num_rows * s->hidden);
+}
+
+const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
+                             const float *weight, float eps, float *y)
+{
+    const int64_t n = m->num_in;
+    float *rows = pool_buffer(1, (2 * num_index * n + 1) * (int64_t)sizeof(float)), *normed = rows + num_index * n;
+    if (!rows)
+        return out_of_memory;
+    for (int64_t i = 0; i < num_index; i++) {
+        if (index[i] < 0 || index[i] >= num_rows)
+            return "index points outside the rows of x";
+        memcpy(rows + i * n, x + index[i] * n, n * sizeof(float));
+    }
+    const char *wrong = op_rms_norm(rows, weight, normed, num_index, n, eps);
+    return wrong ? wrong : op_linear(m, normed, num_index, y);
+}
