@@ -22,6 +22,14 @@ def chain_root(*keys: str) -> bytes:
     return digest.digest()
 
 
+def generated_from(parent: bytes, offset: int) -> bytes:
+    """What takes the place of `parent` where tokens from place `offset` of the next block on are generated.
+
+    For latents that depend on who made a token: names behind it are not those of the same tokens in a prompt.
+    """
+    return hashlib.sha256(parent + struct.pack("<Q", offset)).digest()
+
+
 def block_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
     """The names of the full blocks that `token_ids` fill, in order; tokens left over at the end have none.
 

@@ -1,7 +1,8 @@
-"""Multi-head latent attention in its absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C).
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C).
 
-Prompt tokens and generated tokens take the same form: what a position's hidden state is must not depend on which of
-the two it was.
+All tokens take the absorbed form, so that what a position's hidden state is does not depend on whether its token was
+prompt or generated; where the mesh says so, those of the prompt take the expanded form instead, whenever and wherever
+they are computed.
 
 Shape legend: T tokens, O tokens that this rank owns, H hidden, D = query width + latent rank + rope width.
 """

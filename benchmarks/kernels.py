@@ -98,6 +98,20 @@ def attention(num_rows: int, length: int) -> None:
     print(f"attention {num_rows} rows at {length}: {seconds * 1e6:.0f} us, {operations / seconds / 1e9:.0f} GFLOP/s")
 
 
+def expanded_attention(num_rows: int, length: int) -> None:
+    """The same in the expanded form, keys and values of 64 values but for the rotary part."""
+    cache = torch.randn(-(-length // 32), 32, 576)
+    table = torch.randperm(cache.shape[0]).int()[None]
+    query = torch.randn(num_rows, 16, 128)
+    weights = (torch.randn(2, 16, 64, 512) / 512**0.5).bfloat16()
+    both = kernels.pack_heads(weights[0]), kernels.pack_heads(weights[1])
+    positions = torch.arange(length - num_rows, length).int()
+    row_seq = torch.zeros(num_rows, dtype=torch.int32)
+    seconds = best_seconds(lambda: kernels.expanded_attention(query, both, cache, table, row_seq, positions, 0.1))
+    operations = 2 * 16 * (num_rows * (length - num_rows // 2) * (128 + 64) + length * 512 * 128)
+    print(f"expanded {num_rows} rows at {length}: {seconds * 1e6:.0f} us, {operations / seconds / 1e9:.0f} GFLOP/s")
+
+
 def overhead() -> None:
     packed, x = pack(32, 32, torch.float32), torch.randn(1, 32)
     weight = torch.ones(32)
@@ -129,8 +143,10 @@ def main() -> None:
     prefill(torch.bfloat16, 512)
     for num_rows in (1, 4, 16, 128):
         experts(num_rows)
-    for num_rows, length in ((1, 1024), (128, 1024)):
+    for num_rows, length in ((1, 1024), (1, 16384), (128, 128), (128, 1024), (512, 4096)):
         attention(num_rows, length)
+    for num_rows, length in ((128, 128), (128, 1024), (512, 4096), (2048, 4096)):
+        expanded_attention(num_rows, length)
     overhead()
 
 

@@ -1,6 +1,6 @@
 """The arithmetic that all parts share, batch-invariant on the CPU: a row's bits depend on that row alone."""
 
-from kernels.attention import KEY_BLOCK, mla_attention
+from kernels.attention import KEY_BLOCK, expanded_attention, mla_attention
 from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.heads import PackedHeads, head_linear, pack_heads
@@ -36,6 +36,7 @@ __all__ = [
     "argmax",
     "combine",
     "dequantize",
+    "expanded_attention",
     "ffn",
     "force_isa",
     "grouped_ffn",

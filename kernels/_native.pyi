@@ -140,6 +140,28 @@ def attention(
     scale: float,
     /,
 ) -> None: ...
+def expanded_attention(
+    query_at: int,
+    key_at: int,
+    key_head_bytes: int,
+    value_at: int,
+    value_head_bytes: int,
+    cache_at: int,
+    tables_at: int,
+    row_seq_at: int,
+    positions_at: int,
+    out_at: int,
+    query_row_stride: int,
+    query_head_stride: int,
+    num_rows: int,
+    num_heads: int,
+    rope_width: int,
+    num_blocks: int,
+    num_seqs: int,
+    max_blocks: int,
+    scale: float,
+    /,
+) -> None: ...
 def mla_project(weights_at: int, batch_at: int, first_row: int, num_rows: int, x_at: int, rows_at: int, /) -> None: ...
 def mla_attend(
     weights_at: int, batch_at: int, rows_at: int, cache_at: int, num_blocks: int, out_at: int, /

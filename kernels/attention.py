@@ -1,6 +1,6 @@
 """Multi-head latent attention over the paged latent cache.
 
-Legend: T rows, n heads, C latent width, R rotary dim.
+Legend: T rows, n heads, C latent width, R rotary dim, P width of a key but for its rotary part, V width of a value.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kernels import reference
+from kernels.heads import PackedHeads
 from kernels.runtime import native, require, runs_native
 
 KEY_BLOCK = 32  # positions per cache block
@@ -66,3 +67,60 @@ def mla_attention(
         scale,
     )
     return out_TnC
+
+
+def expanded_attention(
+    q_TnK: torch.Tensor,
+    weights: tuple[PackedHeads, PackedHeads],
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_seq: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """o_TnV: row t attends positions 0..positions[t] of sequence row_seq[t] in the expanded form.
+
+    `weights` lead from a latent to each head's key [n, P, C] and value [n, V, C]; a key is that and the cached rotary
+    part, so queries have K = P + R. All else is as for mla_attention, rows of a sequence best being neighbours, which
+    share the expansion. Key positions are taken in order, 128 at a time, with online softmax; a row's bits do not
+    depend on other rows. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+    """
+    key, value = weights
+    num_rows, num_heads, width = q_TnK.shape
+    rope = width - key.num_out
+    if q_TnK.dtype != torch.float32 or q_TnK.stride(2) != 1:
+        raise ValueError(f"q is {q_TnK.dtype}, must be float32 with a contiguous last dim")
+    if key.num_heads != num_heads or value.num_heads != num_heads or key.num_in != value.num_in or rope < 0:
+        raise ValueError(
+            f"{key.num_heads} keys [{key.num_out}, {key.num_in}] and {value.num_heads} values [.., {value.num_in}] do "
+            f"not fit queries {tuple(q_TnK.shape)}"
+        )
+    require(cache, "cache", (None, KEY_BLOCK, key.num_in + rope))
+    require(block_tables, "block_tables", (None, None), torch.int32)
+    require(row_seq, "row_seq", (num_rows,), torch.int32)
+    require(positions, "positions", (num_rows,), torch.int32)
+    if key.matrix is None or value.matrix is None:
+        return reference.expanded_attention(q_TnK, weights, cache, block_tables, row_seq, positions, scale)
+    out_TnV = torch.empty((num_rows, num_heads, value.num_out))
+    native.expanded_attention(
+        q_TnK.data_ptr(),
+        key.address,
+        key.head_bytes,
+        value.address,
+        value.head_bytes,
+        cache.data_ptr(),
+        block_tables.data_ptr(),
+        row_seq.data_ptr(),
+        positions.data_ptr(),
+        out_TnV.data_ptr(),
+        q_TnK.stride(0),
+        q_TnK.stride(1),
+        num_rows,
+        num_heads,
+        rope,
+        cache.shape[0],
+        block_tables.shape[0],
+        block_tables.shape[1],
+        scale,
+    )
+    return out_TnV

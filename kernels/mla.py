@@ -1,7 +1,9 @@
-"""One layer of multi-head latent attention in its absorbed form, in two calls: before and after peers exchange rows.
+"""One layer of multi-head latent attention, in two calls: before and after peers exchange rows.
 
 Absorbed: the up-projection of the keys is multiplied into the query and that of the values into the output, so that
 attention runs over the cached latents themselves (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C).
+Expanded: the cached latents are turned into keys and values of each head, which costs once per position of the context
+and saves with every further row that attends to it. Which of the two a row takes is said by its batch.
 
 Legend: T rows, O rows that this rank owns, H hidden, N local heads, C latent width, R rotary width, Q query width,
 D = Q + C + R.
@@ -26,7 +28,8 @@ class MlaWeights:
 
     Down-projections and norms are whole on every rank; `query_up`, `key_up`, `value_up` hold the rank's heads;
     `output` holds one matrix for each part of the values' columns whose product is wanted apart. Without `query_down`
-    the query is the hidden state itself (Q = H).
+    the query is the hidden state itself (Q = H). `key_up` leads from a query to the latents and `key_expand` from a
+    latent to the keys: the same numbers, the second transposed, and only needed for rows of the expanded form.
     """
 
     query_down: PackedLinear | None
@@ -42,6 +45,7 @@ class MlaWeights:
     eps: float
     interleave: bool
     scale: float
+    key_expand: PackedHeads | None = None
     hidden: int = field(init=False)
     num_heads: int = field(init=False)
     query_width: int = field(init=False)
@@ -68,6 +72,7 @@ class MlaWeights:
         )
         self._check()
         outputs = torch.tensor([matrix.address for matrix in self.output], dtype=torch.int64)
+        expand = self.key_expand
         words = [
             0 if self.query_down is None else self.query_down.address,
             *_addresses(self.query_down_bias, self.query_norm),
@@ -75,6 +80,7 @@ class MlaWeights:
             *_addresses(self.latent_down_bias, self.latent_norm),
             *(self.query_up.address, self.key_up.address, self.value_up.address),
             *(self.key_up.head_bytes, self.value_up.head_bytes),
+            *((0, 0) if expand is None else (expand.address, expand.head_bytes)),
             *(self.num_heads, self.latent_width, int(self.interleave)),
             *struct.unpack("qq", struct.pack("dd", self.eps, self.scale)),
             *(outputs.data_ptr(), len(self.output)),
@@ -98,6 +104,10 @@ class MlaWeights:
             "inputs of output": (sum(part.num_in for part in self.output), heads * self.value_up.num_out),
             "outputs of output": ({part.num_out for part in self.output}, {self.hidden}),
         }
+        if self.key_expand is not None:
+            expand = self.key_expand
+            shape = (expand.num_heads, expand.num_out, expand.num_in)
+            wanted["key_expand"] = (shape, (heads, self.key_up.num_in, self.latent_width))
         for name, (have, want) in wanted.items():
             if have != want:
                 raise ValueError(f"{name} is {have}, must be {want} to fit the layer's other weights")
@@ -113,9 +123,11 @@ class MlaWeights:
                 raise ValueError("query_down comes without query_norm")
 
     def check_inputs(self, batch: AttentionBatch, cache: torch.Tensor | None = None) -> None:
-        """Raise ValueError unless angles and cache have the widths of this layer."""
+        """Raise ValueError unless angles and cache have the widths of this layer, and it has what the batch needs."""
         if batch.half_rope != self.half_rope:
             raise ValueError(f"angles are [rows, {batch.half_rope}], must be [rows, {self.half_rope}]")
+        if batch.expanded_until is not None and self.key_expand is None:
+            raise ValueError("the batch has rows of the expanded form, but the layer has no key_expand")
         if cache is not None:
             require(cache, "cache", (cache.shape[0], 32, self.latent_down.num_out))
 
@@ -126,6 +138,7 @@ class AttentionBatch:
 
     positions int32 [T] and their angles, cos and sin float32 [T, R/2]; slots int64 [T] (cache rows to write: block *
     32 + offset); row_sequence int32 [T] (row of block_tables); block_tables int32 [sequences, blocks].
+    expanded_until int32 [sequences]: rows at positions before it take the expanded form; None: no row does.
     """
 
     positions: torch.Tensor
@@ -134,6 +147,7 @@ class AttentionBatch:
     slots: torch.Tensor
     row_sequence: torch.Tensor
     block_tables: torch.Tensor
+    expanded_until: torch.Tensor | None = None
     num_rows: int = field(init=False)
     half_rope: int = field(init=False)
     address: int = field(init=False)
@@ -147,7 +161,10 @@ class AttentionBatch:
         require(self.slots, "slots", (num_rows,), torch.int64)
         require(self.row_sequence, "row_sequence", (num_rows,), torch.int32)
         require(self.block_tables, "block_tables", (None, None), torch.int32)
-        tensors = (self.positions, self.cos, self.sin, self.slots, self.row_sequence, self.block_tables)
+        until = self.expanded_until
+        if until is not None:
+            require(until, "expanded_until", (self.block_tables.shape[0],), torch.int32)
+        tensors = (self.positions, self.cos, self.sin, self.slots, self.row_sequence, self.block_tables, until)
         words = [*_addresses(*tensors), num_rows, *self.block_tables.shape]
         batch = torch.tensor(words, dtype=torch.int64)  # struct MlaBatch of csrc/kernels.h
         derived = {"num_rows": num_rows, "half_rope": int(self.cos.shape[1]), "_struct": batch}
@@ -175,8 +192,8 @@ def mla_attend(
 ) -> tuple[torch.Tensor, ...]:
     """Write the rows' latents and keys to the cache, attend with the local heads; [T, H] for each matrix of `output`.
 
-    cache [num_blocks, 32, C+R]. See mla_attention for what a row attends to. Raises ValueError on an index out of
-    range (native only).
+    cache [num_blocks, 32, C+R]. For what a row attends to see mla_attention and expanded_attention. Raises ValueError
+    on an index out of range (native only).
     """
     require(rows_TD, "rows", (batch.num_rows, weights.row_width))
     if not weights.is_native:

@@ -90,18 +90,30 @@ def mla_attend(
     q_TnK = linear(query_TQ, weights.query_up).view(batch.num_rows, weights.num_heads, -1)
     q_plain, q_rope = q_TnK.split_with_sizes([weights.key_up.num_in, weights.rope_width], 2)
     rope_(q_rope, batch.cos, batch.sin, weights.interleave)
-    o_TnC = mla_attention(
-        head_linear(q_plain, weights.key_up),
-        q_rope,
-        cache,
-        batch.block_tables,
-        batch.row_sequence,
-        batch.positions,
-        weights.scale,
-    )
-    values = head_linear(o_TnC, weights.value_up).flatten(1)
-    columns = values.split_with_sizes([part.num_in for part in weights.output], 1)
+    values = torch.empty((batch.num_rows, weights.num_heads, weights.value_up.num_out), device=rows_TD.device)
+    expanded = torch.zeros_like(batch.positions, dtype=torch.bool)
+    if batch.expanded_until is not None:
+        expanded = batch.positions < batch.expanded_until[batch.row_sequence.long()]
+    for rows, form in ((expanded.nonzero()[:, 0], _attend_expanded), ((~expanded).nonzero()[:, 0], _attend_absorbed)):
+        if len(rows):
+            at = (cache, batch.block_tables, batch.row_sequence[rows], batch.positions[rows], weights.scale)
+            values[rows] = form(q_plain[rows], q_rope[rows], weights, at)
+    columns = values.flatten(1).split_with_sizes([part.num_in for part in weights.output], 1)
     return tuple(linear(x, part) for x, part in zip(columns, weights.output, strict=True))
+
+
+_Paging = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
+
+
+def _attend_absorbed(q_plain: torch.Tensor, q_rope: torch.Tensor, weights: MlaWeights, paging: _Paging) -> torch.Tensor:
+    o_TnC = mla_attention(head_linear(q_plain, weights.key_up), q_rope, *paging)
+    return head_linear(o_TnC, weights.value_up)
+
+
+def _attend_expanded(q_plain: torch.Tensor, q_rope: torch.Tensor, weights: MlaWeights, paging: _Paging) -> torch.Tensor:
+    assert weights.key_expand is not None
+    q_TnK = torch.cat((q_plain, q_rope), 2)
+    return expanded_attention(q_TnK, (weights.key_expand, weights.value_up), *paging)
 
 
 def _biased(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -202,6 +214,34 @@ def mla_attention(
         weights_TnL = scores_TnL.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
         out_TnC[rows] = weights_TnL @ keys_LD[:, : q_latent_TnC.shape[2]]
     return out_TnC
+
+
+def expanded_attention(
+    q_TnK: torch.Tensor,
+    weights: tuple[PackedHeads, PackedHeads],
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_seq: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    key, value = weights
+    out_TnV = torch.empty((*q_TnK.shape[:2], value.num_out), device=q_TnK.device)
+    for seq in sorted(set(row_seq.tolist())):
+        rows = (row_seq == seq).nonzero()[:, 0]
+        last = positions[rows]
+        length = int(last.max()) + 1
+        blocks = block_tables[seq, : -(-length // cache.shape[1])].long()
+        latent_LC, rope_LR = (
+            cache[blocks].flatten(0, 1)[:length].split_with_sizes([key.num_in, q_TnK.shape[2] - key.num_out], 1)
+        )
+        keys_nLP, values_nLV = latent_LC @ key.dense().mT, latent_LC @ value.dense().mT
+        rope_nLR = rope_LR.expand(key.num_heads, -1, -1)
+        scores_nTL = (q_TnK[rows].transpose(0, 1) @ torch.cat((keys_nLP, rope_nLR), 2).mT) * scale
+        hidden_TL = torch.arange(length, device=cache.device) > last[:, None]
+        weights_nTL = scores_nTL.masked_fill(hidden_TL, float("-inf")).softmax(-1)
+        out_TnV[rows] = (weights_nTL @ values_nLV).transpose(0, 1)
+    return out_TnV
 
 
 def combine(

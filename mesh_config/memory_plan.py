@@ -27,6 +27,7 @@ class MemoryPlan:
 
     embedding: int = 0
     attention: int = 0
+    key_expand: int = 0
     dense: int = 0
     shared: int = 0
     router: int = 0
@@ -37,7 +38,8 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        return self.embedding + self.attention + self.dense + self.shared + self.router + self.experts + self.head
+        attention = self.attention + self.key_expand
+        return self.embedding + attention + self.dense + self.shared + self.router + self.experts + self.head
 
     @property
     def total(self) -> int:
@@ -77,6 +79,7 @@ def plan_memory(
     return MemoryPlan(
         embedding=counts.embedding * sizes.plain,
         attention=sizes.attention(counts, mesh.attention_tp),
+        key_expand=sizes.key_expand(model, mesh.attention_tp) if mesh.prefill_attention == "expanded" else 0,
         dense=sizes.matrix(counts.dense),
         shared=sizes.matrix(counts.shared),
         router=counts.router * FLOAT32_BYTES,
@@ -98,9 +101,19 @@ class _WeightSizes:
             return parameters * self.plain
         return parameters + -(-parameters * FLOAT32_BYTES // (self.block.block_rows * self.block.block_cols))
 
+    @property
+    def by_head(self) -> int:
+        """Bytes of a weight of kv_b."""
+        return self.plain if self.block is None else FLOAT32_BYTES
+
+    def key_expand(self, model: ModelConfig, tp: int) -> int:
+        """The keys' part of kv_b once more, for the expanded form."""
+        per_layer = model.num_heads * model.qk_nope_head_dim * model.kv_lora_rank
+        return -(-model.num_layers * per_layer * self.by_head // tp)
+
     def attention(self, counts: ParameterCounts, tp: int) -> int:
         """One rank's part. kv_b is held by heads, which cut FP8 blocks: FP8 values are float32 there; norms always."""
-        key_value_up = counts.key_value_up * (self.plain if self.block is None else FLOAT32_BYTES)
+        key_value_up = counts.key_value_up * self.by_head
         split = self.matrix(counts.query_output) + key_value_up
         return -(-split // tp) + self.matrix(counts.attention_replicated) + counts.norms * FLOAT32_BYTES
 

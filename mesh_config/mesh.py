@@ -26,6 +26,7 @@ class MeshConfig:
     roles. `attention_tp` consecutive attention ranks form a group. `max_num_batched_tokens` and `max_num_seqs` bound a
     step of one group; `max_model_len` a sequence, prompt and output together. `num_cache_blocks` per rank is None where
     the free memory decides. `prefix_caching`: sequences with equal beginnings share the cache of these.
+    `prefill_attention`: the form that positions of a prompt take, generated ones are always absorbed.
     """
 
     num_ranks: int = 1
@@ -39,6 +40,7 @@ class MeshConfig:
     micro_batches: int = 1
     credit_window: int = 16
     prefix_caching: bool = True
+    prefill_attention: Literal["absorbed", "expanded"] = "absorbed"
     block_size: int = BLOCK_SIZE
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -48,6 +50,7 @@ class MeshConfig:
         self._check_attention()
         self._check_limits()
         _check_choice("combine", self.combine, ("exact", "compact"))
+        _check_choice("prefill_attention", self.prefill_attention, ("absorbed", "expanded"))
         _check_choice("micro_batches", self.micro_batches, (1, 2))
         _check_choice("block_size", self.block_size, (BLOCK_SIZE,))
         _check_choice("device", self.device, ("cpu", "cuda"))

@@ -55,9 +55,14 @@ def split_plan(plan: StepPlan, num_parts: int) -> list[tuple[ScheduledSequence, 
 
 
 def build_micro_batch(
-    index: int, items: SequenceOf[ScheduledSequence], mirror: PlanMirror, rotary: RotaryTable
+    index: int,
+    items: SequenceOf[ScheduledSequence],
+    mirror: PlanMirror,
+    rotary: RotaryTable,
+    *,
+    expand_prompts: bool = False,
 ) -> MicroBatch:
-    """Lay the items' positions out as rows, item after item."""
+    """Lay the items' positions out as rows, item after item; with `expand_prompts` those of prompts take that form."""
     sequences = [mirror.sequences[item.seq_id] for item in items]
     tokens: list[int] = []
     for item, sequence in zip(items, sequences, strict=True):
@@ -80,6 +85,7 @@ def build_micro_batch(
         slots=torch.from_numpy(slots).to(device),
         row_sequence=torch.from_numpy(row_sequence.astype(np.int32)).to(device),
         block_tables=torch.from_numpy(tables.astype(np.int32)).to(device),
+        expanded_until=_prompt_lengths(items, sequences, device) if expand_prompts else None,
     )
     return MicroBatch(
         index=index,
@@ -87,6 +93,16 @@ def build_micro_batch(
         attention=attention,
         logits_rows=tuple(_logits_rows(items, sequences)),
     )
+
+
+def _prompt_lengths(
+    items: SequenceOf[ScheduledSequence], sequences: SequenceOf[Sequence], device: torch.device
+) -> Tensor | None:
+    """Int32 [B]; None where no row is one of a prompt."""
+    lengths = [len(sequence.prompt_ids) for sequence in sequences]
+    if all(item.start >= length for item, length in zip(items, lengths, strict=True)):
+        return None
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def _logits_rows(items: SequenceOf[ScheduledSequence], sequences: SequenceOf[Sequence]) -> list[LogitsRow]:

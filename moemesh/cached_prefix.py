@@ -1,13 +1,13 @@
 """What one sequence takes from the prefix cache, and what it leaves there. Decides only.
 
 A block is published as soon as all its positions are computed, be they prompt or generated, and may then be shared by
-any sequence that begins with the same tokens. What is taken is never the whole sequence: at least its last token is
-computed, because its logits are needed.
+any sequence that begins with the same tokens (and, where the form of attention depends on it, with as many of them
+prompt). What is taken is never the whole sequence: at least its last token is computed, because its logits are needed.
 """
 
 from __future__ import annotations
 
-from attention.block_hash import block_hashes, chain_root
+from attention.block_hash import block_hashes, chain_root, generated_from
 from attention.block_pool import BlockPool
 from moemesh.sequence import Sequence
 
@@ -16,12 +16,14 @@ class CachedPrefix:
     """The named blocks of one sequence.
 
     `key`: what latents depend on beside the tokens and the sequence's salt; None: nothing is published, nor found.
+    `by_role`: they also depend on which tokens are prompt and which generated.
     """
 
-    def __init__(self, sequence: Sequence, pool: BlockPool, key: str | None) -> None:
+    def __init__(self, sequence: Sequence, pool: BlockPool, key: str | None, *, by_role: bool = False) -> None:
         self.enabled = key is not None
         self._sequence = sequence
         self._pool = pool
+        self._by_role = by_role
         self._root = chain_root(key or "", sequence.cache_salt)
         self._names: list[bytes] = []
         self._num_settled = 0  # blocks of its table that are published, taken from the cache, or there already
@@ -63,7 +65,20 @@ class CachedPrefix:
 
     def _name(self, num_blocks: int) -> None:
         """Names for the first `num_blocks` blocks of the sequence."""
+        num_prompt = len(self._sequence.prompt_ids)
+        whole, offset = divmod(num_prompt, self._pool.block_size)  # blocks of nothing but prompt
+        if self._by_role and num_blocks > whole:
+            self._chain(whole)
+            if len(self._names) == whole:
+                self._chain(num_blocks, generated_from(self._last_name, offset))
+        self._chain(num_blocks)
+
+    def _chain(self, num_blocks: int, parent: bytes | None = None) -> None:
         size, named = self._pool.block_size, len(self._names)
         if num_blocks > named:
-            parent = self._names[-1] if named else self._root
-            self._names += block_hashes(parent, self._sequence.token_ids(named * size, num_blocks * size), size)
+            tokens = self._sequence.token_ids(named * size, num_blocks * size)
+            self._names += block_hashes(parent or self._last_name, tokens, size)
+
+    @property
+    def _last_name(self) -> bytes:
+        return self._names[-1] if self._names else self._root

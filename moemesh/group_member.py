@@ -39,6 +39,7 @@ class GroupMember:
         attention: AttentionService,
         forward: Forward,
         num_micro_batches: int,
+        expand_prompts: bool,
         scheduler: Scheduler | None,
         generation: int = 0,
     ) -> None:
@@ -49,6 +50,7 @@ class GroupMember:
         self._attention = attention
         self._forward = forward
         self._num_micro_batches = num_micro_batches
+        self._expand_prompts = expand_prompts
         self.scheduler = scheduler
         self._generation = generation
         self._mirror = PlanMirror()
@@ -122,7 +124,11 @@ class GroupMember:
         self._mirror.follow(plan)
         if plan.items:
             parts = split_plan(plan, self._num_micro_batches)
-            batches = [build_micro_batch(i, items, self._mirror, self._model.rotary) for i, items in enumerate(parts)]
+            rotary, expand = self._model.rotary, self._expand_prompts
+            batches = [
+                build_micro_batch(index, items, self._mirror, rotary, expand_prompts=expand)
+                for index, items in enumerate(parts)
+            ]
             results = yield from together([self._run(plan.step, batch) for batch in batches])
             if self.scheduler is not None:
                 yield from self._finish_as_leader(self.scheduler, plan, batches, results)

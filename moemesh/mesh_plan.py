@@ -52,6 +52,7 @@ def plan_mesh(options: EngineOptions) -> MeshPlan:
         micro_batches=options.micro_batches,
         credit_window=options.credit_window,
         prefix_caching=options.enable_prefix_caching,
+        prefill_attention=options.prefill_attention,
         device=_device(options.device),
     )
     placement = placement_of(model, mesh)

@@ -179,7 +179,8 @@ class ModelLoader:
         heads = (low * heads_per_shard, high * heads_per_shard)
         compressed = config.q_lora_rank is not None
         query_up = f"{prefix}q_b_proj.weight" if compressed else f"{prefix}q_proj.weight"
-        key_up, value_up = self._load_key_value_up(f"{prefix}kv_b_proj.weight", heads)
+        keys, values = self._load_key_value_up(f"{prefix}kv_b_proj.weight", heads)
+        expands = self._mesh.prefill_attention == "expanded"
         weights = kernels.MlaWeights(
             query_down=self._linear(f"{prefix}q_a_proj.weight") if compressed else None,
             query_down_bias=self._bias(f"{prefix}q_a_proj.bias") if compressed else None,
@@ -188,8 +189,9 @@ class ModelLoader:
             latent_down=self._linear(f"{prefix}kv_a_proj_with_mqa.weight"),
             latent_down_bias=self._bias(f"{prefix}kv_a_proj_with_mqa.bias"),
             latent_norm=self._vector(f"{prefix}kv_a_layernorm.weight"),
-            key_up=key_up,
-            value_up=value_up,
+            key_up=kernels.pack_heads(keys.mT.contiguous(), device=self._device),
+            value_up=kernels.pack_heads(values, device=self._device),
+            key_expand=kernels.pack_heads(keys, device=self._device) if expands else None,
             output=tuple(
                 self._load_output(f"{prefix}o_proj.weight", subtree, heads_per_shard)
                 for subtree in maximal_subtrees(low, high, shards)
@@ -200,8 +202,8 @@ class ModelLoader:
         )
         return MultiHeadLatentAttention(weights, self._bias(f"{prefix}o_proj.bias"))
 
-    def _load_key_value_up(self, name: str, heads: tuple[int, int]) -> tuple[kernels.PackedHeads, kernels.PackedHeads]:
-        """kv_b_proj cut into heads: the keys' part transposed (it is absorbed into the query), the values' as it is.
+    def _load_key_value_up(self, name: str, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """kv_b_proj cut into heads, [heads, width, latent rank] each: the keys' part and the values'.
 
         FP8 blocks cut across the two parts, so FP8 is held as float32 here.
         """
@@ -213,9 +215,7 @@ class ModelLoader:
         else:
             weight = self._cast(self._books.rows(name, *rows))
         weight_NPC = weight.view(heads[1] - heads[0], per_head, config.kv_lora_rank)
-        keys = weight_NPC[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
-        values = weight_NPC[:, config.qk_nope_head_dim :].contiguous()
-        return kernels.pack_heads(keys, device=self._device), kernels.pack_heads(values, device=self._device)
+        return weight_NPC[:, : config.qk_nope_head_dim], weight_NPC[:, config.qk_nope_head_dim :]
 
     def _load_output(self, name: str, subtree: tuple[int, int], heads_per_shard: int) -> kernels.PackedLinear:
         unit = heads_per_shard * self._config.v_head_dim

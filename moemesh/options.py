@@ -96,6 +96,13 @@ class EngineOptions(ModelOptions):
     enable_prefix_caching: bool = flag(
         True, "keep the attention cache of finished requests for others that begin alike", truth, switch=True
     )
+    prefill_attention: str = flag(
+        "absorbed",
+        "how positions of prompts attend: as generated ones do (absorbed), or with keys and values of each head "
+        "(expanded: faster from a few hundred tokens on; a generated token sent back as prompt may then differ)",
+        one_of("absorbed", "expanded"),
+        metavar="absorbed|expanded",
+    )
     generation_config: str = flag(
         "auto",
         "default sampling parameters: auto = from the model's generation_config.json, vllm = vLLM's own",

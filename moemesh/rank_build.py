@@ -21,9 +21,6 @@ from moemesh.scheduler_records import SchedulerLimits
 from transport.links import Link
 from transport.mailbox import Mailbox
 
-PREFIX_KEY = "absorbed"
-"""The form of attention that all positions are computed in: latents of one form are not those of another."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
@@ -121,6 +118,7 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
         attention=attention,
         forward=forward,
         num_micro_batches=mesh.micro_batches,
+        expand_prompts=mesh.prefill_attention == "expanded",
         scheduler=_scheduler(mesh) if members[0] == rank else None,
     )
 
@@ -133,4 +131,10 @@ def _scheduler(mesh: MeshConfig) -> Scheduler:
         max_model_len=mesh.max_model_len,
     )
     pool = BlockPool(mesh.num_cache_blocks, BLOCK_SIZE)
-    return Scheduler(pool, limits, prefix_key=PREFIX_KEY if mesh.prefix_caching else None)
+    return Scheduler(
+        pool,
+        limits,
+        # Latents of one form of attention are not those of another.
+        prefix_key=mesh.prefill_attention if mesh.prefix_caching else None,
+        prefix_by_role=mesh.prefill_attention == "expanded",
+    )

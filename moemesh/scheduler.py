@@ -89,13 +89,22 @@ class Scheduler:
     flight at a time; they have no sequence in common.
 
     Sequences share the cache blocks of equal beginnings where `prefix_key` is not None: it names what latents depend
-    on beside the tokens. A sequence whose prompt is scored computes all of it, for the cache holds no logits.
+    on beside the tokens; with `prefix_by_role` also which of them are prompt. A sequence whose prompt is scored
+    computes all of it, for the cache holds no logits.
     """
 
-    def __init__(self, block_pool: BlockPool, limits: SchedulerLimits, *, prefix_key: str | None = None) -> None:
+    def __init__(
+        self,
+        block_pool: BlockPool,
+        limits: SchedulerLimits,
+        *,
+        prefix_key: str | None = None,
+        prefix_by_role: bool = False,
+    ) -> None:
         self._pool = block_pool
         self._limits = limits
         self._prefix_key = prefix_key
+        self._prefix_by_role = prefix_by_role
         self._entries: dict[int, _Entry] = {}
         # Both sorted by priority. `_running` also has those in flight, but not the cancelled.
         self._waiting: list[_Entry] = []
@@ -138,7 +147,7 @@ class Scheduler:
         validate(sequence, self._limits.max_model_len)
         entry = _Entry(
             sequence=sequence,
-            prefix=CachedPrefix(sequence, self._pool, self._prefix_key),
+            prefix=CachedPrefix(sequence, self._pool, self._prefix_key, by_role=self._prefix_by_role),
             priority=(not sequence.output_ids, self._num_added),
             max_blocks=self._max_blocks(sequence),
             wants_prompt_logprobs=sequence.params.prompt_logprobs is not None and not sequence.output_ids,

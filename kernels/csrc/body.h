@@ -73,6 +73,7 @@ INLINE float exp_one(float x) { return vexp(splat(x))[0]; }
 #include "body_sample.h"
 #include "body_route.h"
 #include "body_attention.h"
+#include "body_expanded.h"
 
 const KernelTable TABLE = {
     .name = TABLE_NAME,
@@ -86,4 +87,5 @@ const KernelTable TABLE = {
     .combine = combine,
     .tree_add = tree_add,
     .attend = attend,
+    .attend_expanded = attend_expanded,
 };

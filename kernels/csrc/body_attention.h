@@ -38,7 +38,7 @@ static void load_queries(const Attention *a, const AttentionTile *tile, Lines *l
 static const float *keys_of(const Attention *a, int64_t block, Lines *l, int64_t *stride)
 {
     const int64_t width = a->latent_width + a->rope_width;
-    const float *keys = a->cache + block * KEY_BLOCK * width;
+    const float *keys = a->at.cache + block * KEY_BLOCK * width;
     *stride = width;
     if (width % 16 == 0 && a->latent_width % PANEL == 0)
         return keys;
@@ -99,21 +99,28 @@ static void dot_block(const Lines *l, int64_t line, int64_t num_lines, const flo
         }
 }
 
-/* Scores become weights exp(score - top); returns by what the sums so far are to be multiplied. */
+/* Scores become weights exp(score - top), those after the first num_keys zero up to a multiple of KEY_BLOCK; returns by
+   what the sums so far are to be multiplied. Subnormal weights become zero too: beside a weight of 1 they are nothing,
+   and products with them take several times as long. */
 static float soften(float *weights, int64_t num_keys, float scale, float *top, float *total)
 {
-    for (int64_t j = 0; j < KEY_BLOCK; j++)
-        weights[j] = j < num_keys ? weights[j] * scale : -INFINITY;
-    const float block_top = row_max(weights, KEY_BLOCK), new_top = block_top > *top ? block_top : *top;
+    const int64_t stop = round_up(num_keys, KEY_BLOCK);
+    for (int64_t j = 0; j < num_keys; j++)
+        weights[j] *= scale;
+    for (int64_t j = num_keys; j < stop; j++)
+        weights[j] = -INFINITY;
+    const float block_top = row_max(weights, stop), new_top = block_top > *top ? block_top : *top;
     const float shrink = *top == new_top ? 1.0f : exp_one(*top - new_top);
     vf lanes[NUM_STRIPS];
-    for (int s = 0; s < NUM_STRIPS; s++) {
-        vf left = vexp(load(weights + s * VL) - splat(new_top));
-        vf right = vexp(load(weights + 16 + s * VL) - splat(new_top));
-        store(weights + s * VL, left);
-        store(weights + 16 + s * VL, right);
-        lanes[s] = left + right;
-    }
+    for (int s = 0; s < NUM_STRIPS; s++)
+        lanes[s] = splat(0.0f);
+    for (int64_t j = 0; j < stop; j += 16)
+        for (int s = 0; s < NUM_STRIPS; s++) {
+            vf weight = vexp(load(weights + j + s * VL) - splat(new_top));
+            weight = pick((vi)(weight < splat(0x1p-126f)), splat(0.0f), weight);
+            store(weights + j + s * VL, weight);
+            lanes[s] = lanes[s] + weight;
+        }
     *total = *total * shrink + sum16(lanes);
     *top = new_top;
     return shrink;
@@ -161,8 +168,8 @@ static void store_lines(const Attention *a, const AttentionTile *tile, const Lin
 static void attend(const Attention *a, const AttentionTile *tile, float *scratch)
 {
     Lines l = lines_of(a, tile->num_rows * tile->num_heads, scratch);
-    const int32_t *positions = a->positions + tile->row;
-    const int32_t *table = a->tables + a->row_seq[tile->row] * a->max_blocks;
+    const int32_t *positions = a->at.positions + tile->row;
+    const int32_t *table = a->at.tables + a->at.row_seq[tile->row] * a->at.max_blocks;
     int64_t last = 0, stride;
     load_queries(a, tile, &l);
     for (int64_t i = 0; i < tile->num_rows; i++)

@@ -41,6 +41,8 @@ typedef struct {
     const float *latent_down_bias, *latent_norm;
     const Matrix *query_up, *key_up, *value_up;
     int64_t key_head_bytes, value_head_bytes;
+    const Matrix *key_expand; /* latent to key, for rows of the expanded form; may be NULL */
+    int64_t key_expand_head_bytes;
     int64_t num_heads, latent_width, interleave;
     double eps, scale;
     const Matrix *const *outputs;
@@ -53,6 +55,7 @@ typedef struct {
     const float *cosine, *sine; /* [num_rows][rope width / 2] */
     const int64_t *slots;       /* place in the cache that each row is written to */
     const int32_t *row_seq, *tables;
+    const int32_t *expanded_until; /* by sequence: positions before it take the expanded form; NULL: none does */
     int64_t num_rows, num_seqs, max_blocks;
 } MlaBatch;
 
@@ -112,14 +115,37 @@ typedef struct {
     float *top_logprobs; /* [num_rows][most_top] like top_ids */
 } Scoring;
 
+/* Where the rows of an attention call stand: row t is position positions[t] of sequence row_seq[t], whose cache blocks
+   tables[row_seq[t]] names. */
 typedef struct {
-    const float *latent, *rope, *cache;
+    const float *cache; /* [num_blocks][KEY_BLOCK][latent width + rope width] */
     const int32_t *tables, *row_seq, *positions;
+    int64_t num_rows, num_blocks, num_seqs, max_blocks;
+} Paging;
+
+/* The absorbed form: keys and values are the latents themselves. */
+typedef struct {
+    Paging at;
+    const float *latent, *rope;
     float *out;
     int64_t latent_strides[2], rope_strides[2]; /* floats: row, head */
-    int64_t num_rows, num_heads, latent_width, rope_width, num_blocks, num_seqs, max_blocks;
+    int64_t num_heads, latent_width, rope_width;
     float scale;
 } Attention;
+
+/* The expanded form: keys and values are computed from the latents, those of head 0 by `key` and `value`. A query is
+   the part that meets such a key, then the rotated part. */
+typedef struct {
+    Paging at;
+    const int32_t *until; /* only rows before position until[row_seq[t]]; NULL: all */
+    const Matrix *key, *value;
+    int64_t key_head_bytes, value_head_bytes;
+    const float *query;
+    float *out; /* [num_rows][num_heads][value width] */
+    int64_t query_strides[2]; /* floats: row, head */
+    int64_t num_heads, rope_width;
+    float scale;
+} Expanded;
 
 /* One piece of attention work: heads [head, head + num_heads) of rows [row, row + num_rows), all of one sequence. */
 typedef struct {
@@ -141,6 +167,7 @@ typedef struct {
                     float *y, int64_t n);
     void (*tree_add)(const float *const *parts, int64_t num_parts, float *y, int64_t start, int64_t stop);
     void (*attend)(const Attention *a, const AttentionTile *tile, float *scratch);
+    void (*attend_expanded)(const Expanded *e, const AttentionTile *tile, float *scratch); /* one head */
 } KernelTable;
 
 /* Floats of scratch that route and attend need. */
@@ -154,6 +181,15 @@ static inline int64_t attend_width(const Attention *a)
 static inline int64_t attend_scratch(const Attention *a, int64_t rows)
 {
     return rows * (attend_width(a) + round_up(a->latent_width, PANEL) + KEY_BLOCK + 32) + KEY_BLOCK * attend_width(a);
+}
+
+#define SPAN 128       /* keys that the expanded form takes at a time, from a multiple of SPAN on */
+#define SPAN_QUERIES 48 /* queries that meet a span together */
+static inline int64_t expanded_width(const Expanded *e) { return round_up(e->value->num_out, PANEL); }
+static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)
+{
+    const int64_t per_key = e->key->num_out + e->rope_width + PANEL + expanded_width(e);
+    return SPAN * (per_key + SPAN_QUERIES) + round_up(rows * (expanded_width(e) + 2), 16);
 }
 
 #if defined(__x86_64__)

@@ -66,9 +66,16 @@ static const char *run_route(const Value *v)
 
 static const char *run_attention(const Value *v)
 {
-    Attention a = {v[0].p, v[1].p, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, {v[7].i, v[8].i}, {v[9].i, v[10].i},
-                   v[11].i, v[12].i, v[13].i, v[14].i, v[15].i, v[16].i, v[17].i, (float)v[18].f};
+    Attention a = {{v[2].p, v[3].p, v[4].p, v[5].p, v[11].i, v[15].i, v[16].i, v[17].i}, v[0].p, v[1].p, v[6].p,
+                   {v[7].i, v[8].i}, {v[9].i, v[10].i}, v[12].i, v[13].i, v[14].i, (float)v[18].f};
     return op_attention(&a);
+}
+
+static const char *run_expanded_attention(const Value *v)
+{
+    Expanded e = {{v[5].p, v[6].p, v[7].p, v[8].p, v[12].i, v[15].i, v[16].i, v[17].i}, NULL, v[1].p, v[3].p,
+                  v[2].i, v[4].i, v[0].p, v[9].p, {v[10].i, v[11].i}, v[13].i, v[14].i, (float)v[18].f};
+    return op_expanded_attention(&e);
 }
 
 static const char *run_gate(const Value *v)
@@ -110,6 +117,7 @@ OPERATION(combine, "pippppiii",
           op_combine(v[0].p, v[1].i, v[2].p, v[3].p, v[4].p, v[5].p, v[6].i, v[7].i, v[8].i))
 OPERATION(tree_add, "pipi", op_tree_add(v[0].p, v[1].i, v[2].p, v[3].i))
 OPERATION(attention, "pppppppiiiiiiiiiiif", run_attention(v))
+OPERATION(expanded_attention, "ppipipppppiiiiiiiif", run_expanded_attention(v))
 OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p))
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(layers, "ppp", op_layers(v[0].p, v[1].p, v[2].p))
@@ -163,9 +171,9 @@ static PyObject *py_num_threads(PyObject *module, PyObject *none)
 
 static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
-    FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate), FAST(plan_slots), FAST(combine), FAST(tree_add),
-    FAST(attention), FAST(mla_project), FAST(mla_attend), FAST(mla), FAST(layers), FAST(pack), FAST(advise_huge_pages),
-    FAST(read_all),
+    FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
+    FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
+    FAST(mla_attend), FAST(mla), FAST(layers), FAST(pack), FAST(advise_huge_pages), FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -48,6 +48,7 @@ const char *op_combine(const float *rows, int64_t num_slots, const int32_t *slot
                        const float *base, float *y, int64_t num_rows, int64_t top_k, int64_t n);
 const char *op_tree_add(const float *const *parts, int64_t num_parts, float *y, int64_t n);
 const char *op_attention(const Attention *a);
+const char *op_expanded_attention(const Expanded *e);
 const char *op_mla_project(const Mla *m, const MlaBatch *b, int64_t first_row, int64_t num_rows, const float *x,
                            float *rows);
 const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, float *cache, int64_t num_blocks,

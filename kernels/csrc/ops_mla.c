@@ -74,57 +74,119 @@ static const char *write_cache(const Mla *m, const MlaBatch *b, const float *row
     return NULL;
 }
 
-/* Intermediate results of op_mla_attend, one after the other in the workspace. */
+/* Rows of one form of attention: queries [num_rows][heads][plain + rope width], and what becomes of them. */
 typedef struct {
-    float *query, *latent, *attended, *values;
+    float *query, *values;
+    const int32_t *row_seq, *positions;
+    int64_t num_rows;
+} Rows;
+
+/* Intermediate results of op_mla_attend, one after the other in the workspace. `some_*` hold the rows of the absorbed
+   form where others lie between them. */
+typedef struct {
+    float *query, *latent, *attended, *values, *some_query, *some_values;
+    int32_t *some_row_seq, *some_positions;
 } Stages;
 
-static int reserve_stages(const Mla *m, int64_t num_rows, Stages *s)
+static int64_t query_head(const Mla *m) { return m->query_up->num_out / m->num_heads; }
+
+static int reserve_stages(const Mla *m, const MlaBatch *b, Stages *s)
 {
-    const int64_t per_head[] = {m->query_up->num_out / m->num_heads, m->latent_width, m->latent_width,
-                                m->value_up->num_out};
-    float **const stages[] = {&s->query, &s->latent, &s->attended, &s->values};
+    const int64_t query = m->query_up->num_out, latent = m->num_heads * m->latent_width;
+    const int64_t values = m->num_heads * m->value_up->num_out, some = b->expanded_until != NULL;
+    const int64_t per_row[] = {query, latent, latent, values, some * query, some * values, some, some};
+    float *stages[8];
     int64_t floats = 0;
-    for (int i = 0; i < 4; i++)
-        floats += round_up(num_rows * m->num_heads * per_head[i], 16);
+    for (int i = 0; i < 8; i++)
+        floats += round_up(b->num_rows * per_row[i], 16);
     float *at = pool_buffer(1, floats * (int64_t)sizeof(float));
-    for (int i = 0; at && i < 4; i++) {
-        *stages[i] = at;
-        at += round_up(num_rows * m->num_heads * per_head[i], 16);
+    for (int i = 0; at && i < 8; i++) {
+        stages[i] = at;
+        at += round_up(b->num_rows * per_row[i], 16);
     }
+    if (at)
+        *s = (Stages){stages[0], stages[1], stages[2], stages[3], stages[4], stages[5], (int32_t *)stages[6],
+                      (int32_t *)stages[7]};
     return at != NULL;
 }
 
-static const char *attend_rows(const Mla *m, const MlaBatch *b, const Stages *s, const float *cache,
-                               int64_t num_blocks)
+static const char *attend_absorbed(const Mla *m, const MlaBatch *b, const Rows *rows, const Stages *s,
+                                   const float *cache, int64_t num_blocks)
 {
-    const int64_t head = m->query_up->num_out / m->num_heads, plain = head - rope_width(m);
-    const int64_t stride = m->num_heads * head, latent = m->latent_width;
-    op_rope(s->query + plain, stride, head, b->num_rows, m->num_heads, rope_width(m), b->cosine, b->sine,
-            (int)m->interleave);
-    const char *wrong =
-        op_heads(m->key_up, m->num_heads, m->key_head_bytes, s->query, stride, head, b->num_rows, s->latent);
-    Attention a = {s->latent, s->query + plain, cache, b->tables, b->row_seq, b->positions, s->attended,
-                   {m->num_heads * latent, latent}, {stride, head}, b->num_rows, m->num_heads, latent, rope_width(m),
-                   num_blocks, b->num_seqs, b->max_blocks, (float)m->scale};
-    return wrong ? wrong : op_attention(&a);
+    const int64_t head = query_head(m), plain = head - rope_width(m), stride = m->num_heads * head;
+    const int64_t latent = m->latent_width;
+    const char *wrong = op_heads(m->key_up, m->num_heads, m->key_head_bytes, rows->query, stride, head,
+                                 rows->num_rows, s->latent);
+    Attention a = {{cache, b->tables, rows->row_seq, rows->positions, rows->num_rows, num_blocks, b->num_seqs,
+                    b->max_blocks},
+                   s->latent, rows->query + plain, s->attended, {m->num_heads * latent, latent}, {stride, head},
+                   m->num_heads, latent, rope_width(m), (float)m->scale};
+    if (!wrong)
+        wrong = op_attention(&a);
+    return wrong ? wrong
+                 : op_heads(m->value_up, m->num_heads, m->value_head_bytes, s->attended, m->num_heads * latent, latent,
+                            rows->num_rows, rows->values);
+}
+
+static const char *attend_expanded(const Mla *m, const MlaBatch *b, const Rows *rows, const float *cache,
+                                   int64_t num_blocks)
+{
+    const int64_t head = query_head(m);
+    Expanded e = {{cache, b->tables, rows->row_seq, rows->positions, rows->num_rows, num_blocks, b->num_seqs,
+                   b->max_blocks},
+                  b->expanded_until, m->key_expand, m->value_up, m->key_expand_head_bytes, m->value_head_bytes,
+                  rows->query, rows->values, {m->num_heads * head, head}, m->num_heads, rope_width(m),
+                  (float)m->scale};
+    return op_expanded_attention(&e);
+}
+
+/* The rows of the absorbed form alone, in order; `all` themselves where there are no others. */
+static Rows absorbed_rows(const Mla *m, const MlaBatch *b, const Rows *all, const Stages *s)
+{
+    const int64_t width = m->query_up->num_out;
+    Rows some = {s->some_query, s->some_values, s->some_row_seq, s->some_positions, 0};
+    for (int64_t t = 0; t < all->num_rows; t++) {
+        if (all->positions[t] < b->expanded_until[all->row_seq[t]])
+            continue;
+        memcpy(some.query + some.num_rows * width, all->query + t * width, width * sizeof(float));
+        s->some_row_seq[some.num_rows] = all->row_seq[t];
+        s->some_positions[some.num_rows++] = all->positions[t];
+    }
+    return some.num_rows == all->num_rows ? *all : some;
+}
+
+static const char *attend_by_form(const Mla *m, const MlaBatch *b, const Rows *all, const Stages *s,
+                                  const float *cache, int64_t num_blocks)
+{
+    const int64_t width = m->num_heads * m->value_up->num_out;
+    const char *wrong = attend_expanded(m, b, all, cache, num_blocks);
+    if (wrong)
+        return wrong;
+    const Rows some = absorbed_rows(m, b, all, s);
+    wrong = attend_absorbed(m, b, &some, s, cache, num_blocks);
+    for (int64_t t = 0, next = 0; next < some.num_rows && some.values != all->values; t++)
+        if (all->positions[t] >= b->expanded_until[all->row_seq[t]])
+            memcpy(all->values + t * width, some.values + next++ * width, width * sizeof(float));
+    return wrong;
 }
 
 const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, float *cache, int64_t num_blocks,
                           float *out)
 {
     Stages s;
-    const int64_t value_width = m->num_heads * m->value_up->num_out;
-    if (!reserve_stages(m, b->num_rows, &s))
+    const int64_t value_width = m->num_heads * m->value_up->num_out, head = query_head(m);
+    if (!reserve_stages(m, b, &s))
         return out_of_memory;
     const char *wrong = write_cache(m, b, rows, cache, num_blocks);
     if (!wrong)
         wrong = op_heads(m->query_up, 1, 0, rows, query_width(m) + key_width(m), 0, b->num_rows, s.query);
-    if (!wrong)
-        wrong = attend_rows(m, b, &s, cache, num_blocks);
-    if (!wrong)
-        wrong = op_heads(m->value_up, m->num_heads, m->value_head_bytes, s.attended, m->num_heads * m->latent_width,
-                         m->latent_width, b->num_rows, s.values);
+    if (wrong)
+        return wrong;
+    op_rope(s.query + head - rope_width(m), m->num_heads * head, head, b->num_rows, m->num_heads, rope_width(m),
+            b->cosine, b->sine, (int)m->interleave);
+    const Rows all = {s.query, s.values, b->row_seq, b->positions, b->num_rows};
+    wrong = b->expanded_until ? attend_by_form(m, b, &all, &s, cache, num_blocks)
+                              : attend_absorbed(m, b, &all, &s, cache, num_blocks);
     const float *columns = s.values;
     for (int64_t i = 0; !wrong && i < m->num_outputs; i++) {
         const Matrix *output = m->outputs[i];

@@ -1,4 +1,4 @@
-/* Drivers of everything but the matrix products: rows, routing, attention, packing. */
+/* Drivers of what is done row by row, and of routing. */
 #define _GNU_SOURCE
 #include <string.h>
 
@@ -187,65 +187,5 @@ const char *op_tree_add(const float *const *parts, int64_t num_parts, float *y, 
 {
     TreeAdd t = {parts, y, num_parts, n};
     pool_run(tree_add_task, &t, (n + SMALL_WORK - 1) / SMALL_WORK, 0);
-    return NULL;
-}
-
-static const char *check_attention(const Attention *a)
-{
-    for (int64_t t = 0; t < a->num_rows; t++) {
-        if (a->row_seq[t] < 0 || a->row_seq[t] >= a->num_seqs)
-            return "row_seq names a sequence without a block table";
-        if (a->positions[t] < 0 || a->positions[t] / KEY_BLOCK >= a->max_blocks)
-            return "a position lies outside its block table";
-        const int32_t *blocks = a->tables + a->row_seq[t] * a->max_blocks;
-        for (int64_t b = 0; b <= a->positions[t] / KEY_BLOCK; b++)
-            if (blocks[b] < 0 || blocks[b] >= a->num_blocks)
-                return "a block table names a block outside the cache";
-    }
-    return NULL;
-}
-
-#define TILE_LINES 64 /* (row, head) pairs that go through the keys together */
-
-typedef struct {
-    const Attention *attention;
-    const int64_t *first_rows; /* of each tile, and the end */
-    int64_t heads_at_once, head_groups;
-} AttentionJob;
-
-static void attention_task(const void *argument, int64_t index, void *scratch)
-{
-    const AttentionJob *j = argument;
-    const int64_t tile = index / j->head_groups, group = index % j->head_groups, heads = j->attention->num_heads;
-    const int64_t head = group * j->heads_at_once, left = heads - head;
-    const AttentionTile t = {j->first_rows[tile], j->first_rows[tile + 1] - j->first_rows[tile], head,
-                             left < j->heads_at_once ? left : j->heads_at_once};
-    table->attend(j->attention, &t, scratch);
-}
-
-static int64_t cut_rows(const Attention *a, int64_t most, int64_t *first_rows)
-{
-    int64_t num_tiles = 0;
-    for (int64_t t = 0; t < a->num_rows; t++)
-        if (t == 0 || a->row_seq[t] != a->row_seq[t - 1] || t - first_rows[num_tiles - 1] >= most)
-            first_rows[num_tiles++] = t;
-    first_rows[num_tiles] = a->num_rows;
-    return num_tiles;
-}
-
-const char *op_attention(const Attention *a)
-{
-    const char *wrong = check_attention(a);
-    if (wrong || a->num_rows == 0)
-        return wrong;
-    int64_t *first_rows = pool_buffer(0, (a->num_rows + 1) * (int64_t)sizeof(int64_t));
-    int64_t heads = a->num_heads < TILE_LINES ? a->num_heads : TILE_LINES;
-    if (!first_rows || pool_reserve(attend_scratch(a, TILE_LINES) * (int64_t)sizeof(float)) != 0)
-        return out_of_memory;
-    const int64_t num_tiles = cut_rows(a, TILE_LINES / heads, first_rows);
-    while (heads > 4 && num_tiles * ((a->num_heads + heads - 1) / heads) < pool_num_threads())
-        heads = (heads + 1) / 2;
-    AttentionJob job = {a, first_rows, heads, (a->num_heads + heads - 1) / heads};
-    pool_run(attention_task, &job, num_tiles * job.head_groups, 0);
     return NULL;
 }

@@ -201,7 +201,7 @@ def _case_figures(
         context=statistics.mean(run.context for run in runs),
         num_touched=num_touched,
     )
-    operations = prefill_operations(model, case.prompt_tokens) / case.prompt_tokens
+    operations = prefill_operations(model, plan.mesh, case.prompt_tokens) / case.prompt_tokens
     return {
         "batch_size": case.batch_size,
         "prompt_tokens": case.prompt_tokens,
@@ -237,6 +237,7 @@ def _describe_mesh(options: BenchEngineOptions, plan: MeshPlan) -> dict[str, Any
         "attention_ranks": plan.mesh.num_attention_ranks,
         "threads_per_rank": threads_per_rank(options, options.ranks),
         "device": plan.mesh.device,
+        "prefill_attention": plan.mesh.prefill_attention,
         "cache_blocks": plan.mesh.num_cache_blocks,
     }
 

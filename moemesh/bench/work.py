@@ -58,11 +58,18 @@ def decode_bytes(
     return total
 
 
-def prefill_operations(model: ModelConfig, prompt_tokens: int) -> float:
-    """Multiplications and additions for one prompt of absorbed attention and its one row of logits."""
+def prefill_operations(model: ModelConfig, mesh: MeshConfig, prompt_tokens: int) -> float:
+    """Multiplications and additions for one prompt and its one row of logits.
+
+    Both forms of attention use kv_b once per position: on its query and its result, or on its latent (a prompt that is
+    read in several steps is expanded again in each; that is not counted).
+    """
     counts = count_parameters(model)
     head = counts.head or counts.embedding
     products = 2 * (counts.active - head) * prompt_tokens + 2 * head
     pairs = prompt_tokens * (prompt_tokens + 1) / 2
-    widths = model.latent_width + model.kv_lora_rank  # scores over latent and rotary key, then the weighted latents
+    if mesh.prefill_attention == "expanded":
+        widths = model.qk_head_dim + model.v_head_dim  # scores, then the weighted values
+    else:
+        widths = model.latent_width + model.kv_lora_rank  # the same with latents
     return products + 2 * pairs * model.num_layers * model.num_heads * widths

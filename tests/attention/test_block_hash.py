@@ -7,7 +7,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.block_hash import block_hashes, chain_root
+from attention.block_hash import block_hashes, chain_root, generated_from
 
 IDS = st.lists(st.integers(0, 3), max_size=40)
 KEYS = st.lists(st.text(st.characters(codec="utf-8"), max_size=4), max_size=3)
@@ -35,6 +35,14 @@ def test_a_chain_can_be_taken_up_anywhere(ids: list[int], blocks: int, size: int
     first = min(blocks, len(names))
     parent = names[first - 1] if first else chain_root()
     assert block_hashes(parent, ids[first * size :], size) == names[first:]
+
+
+@given(IDS, st.integers(0, 4), st.integers(0, 4))
+def test_what_was_generated_has_other_names_than_the_same_in_a_prompt(ids: list[int], ours: int, theirs: int) -> None:
+    root = chain_root()
+    names = [block_hashes(generated_from(root, offset), ids, 5) for offset in (ours, theirs)]
+    assert (names[0] == names[1]) == (ours == theirs or len(ids) < 5)
+    assert not {*names[0]} & {*block_hashes(root, ids, 5)}
 
 
 @given(KEYS, KEYS)

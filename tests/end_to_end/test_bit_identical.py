@@ -86,6 +86,16 @@ def test_random_model_on(shape: str, checkpoint: Path, random_expected: list[lis
         assert together(mesh, probes(RANDOM_VOCAB, LENGTHS)) == random_expected
 
 
+def test_prompts_in_the_expanded_form() -> None:
+    expanded = ("--prefill-attention", "expanded", *SMALL_CACHE)
+    requests = probes(DEMO_VOCAB, LENGTHS)
+    with running_server(*expanded) as mesh:
+        expected = alone(mesh, requests)
+    with running_server(*expanded, "--ranks", "4", "--attention-tp", "2", *CHUNKED) as mesh:
+        for _ in range(2):  # the second time with what the first has cached
+            assert together(mesh, requests) == expected
+
+
 def test_generated_tokens_sent_back_as_prompt(demo: Mesh) -> None:
     for request in probes(DEMO_VOCAB, (5, 40), new_tokens=(40, 40), echo=True, ignore_eos=True):
         generated = demo.complete(**request)["choices"][0]

@@ -1,4 +1,4 @@
-"""Latent attention against a plain softmax in double; independence of everything a row must not see."""
+"""Latent attention, in both forms, against a plain softmax in double; independence of what a row must not see."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from kernels import reference
-from tests.kernels.weights import needs_native, normal, relative_error
+from tests.kernels.weights import needs_native, normal, relative_error, seeded
 
 SHAPES = [(512, 64), (24, 8), (7, 2), (64, 61)]
 ROW_SEQ = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 0], dtype=torch.int32)
@@ -38,6 +38,30 @@ def test_attention_agrees_with_plain_softmax(latent_width: int, rope_width: int,
     for attention in (kernels.mla_attention, reference.mla_attention):
         got = attention(latent, rope, cache, TABLES, ROW_SEQ, POSITIONS, scale)
         assert relative_error(got, want) < 3e-6
+
+
+# heads, latent, rotary, plain part of a key, value
+EXPANDED = [(1, 512, 64, 128, 128), (3, 24, 8, 16, 20), (2, 7, 2, 33, 1), (4, 64, 61, 24, 70)]
+Heads = tuple[kernels.PackedHeads, kernels.PackedHeads]
+
+
+def up_projections(heads: int, latent: int, key: int, value: int) -> Heads:
+    matrices = [(normal(heads, width, latent, seed=seed) / latent**0.5) for seed, width in ((5, key), (6, value))]
+    return kernels.pack_heads(matrices[0].bfloat16()), kernels.pack_heads(matrices[1].bfloat16())
+
+
+@pytest.mark.parametrize("shape", EXPANDED)
+def test_the_expanded_form_agrees_with_plain_softmax(shape: tuple[int, ...]) -> None:
+    heads, latent, rope, key, value = shape
+    cache, weights = normal(12, 32, latent + rope), up_projections(heads, latent, key, value)
+    query = normal(len(ROW_SEQ), heads, key + rope, seed=1)
+    scale = 3 / math.sqrt(key + rope)
+    absorbed = torch.einsum("tnk,nkc->tnc", query[..., :key].double(), weights[0].dense().double())
+    attended = plain(absorbed, query[..., key:].double(), cache, TABLES, scale)
+    want = torch.einsum("tnc,nvc->tnv", attended, weights[1].dense().double())
+    for attention in (kernels.expanded_attention, reference.expanded_attention):
+        got = attention(query, weights, cache, TABLES, ROW_SEQ, POSITIONS, scale)
+        assert relative_error(got, want) < 5e-6
 
 
 @needs_native
@@ -81,6 +105,38 @@ def test_chunks_of_a_prompt_give_the_bits_of_the_whole(chunk: int, threads: int)
 
 
 @needs_native
+@pytest.mark.parametrize("chunk", [1, 5, 32, 33, 128, 150])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_in_the_expanded_form_give_the_bits_of_the_whole(chunk: int, threads: int) -> None:
+    length, heads = 301, 3
+    table = torch.randperm(10, generator=seeded()).int()[None]
+    query, weights = normal(length, heads, 24, seed=1), up_projections(heads, 40, 16, 20)
+    positions, row_seq = torch.arange(length, dtype=torch.int32), torch.zeros(length, dtype=torch.int32)
+    written = normal(10, 32, 48)
+    kernels.set_num_threads(threads)
+    want = kernels.expanded_attention(query, weights, written, table, row_seq, positions, 0.2)
+    cache = torch.full_like(written, math.nan)  # of what comes later nothing may be seen
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        slots = table[0, positions[part] // 32].long() * 32 + positions[part] % 32
+        cache.view(-1, 48)[slots] = written.view(-1, 48)[slots]
+        got = kernels.expanded_attention(query[part], weights, cache, table, row_seq[part], positions[part], 0.2)
+        assert torch.equal(got, want[part])
+
+
+@needs_native
+def test_in_the_expanded_form_a_later_position_changes_nothing() -> None:
+    table, positions = torch.arange(4, dtype=torch.int32)[None], torch.arange(128, dtype=torch.int32)
+    query, weights, row_seq = normal(128, 2, 24, seed=1), up_projections(2, 40, 16, 20), torch.zeros_like(positions)
+    cache = normal(4, 32, 48)
+    want = kernels.expanded_attention(query, weights, cache, table, row_seq, positions, 0.2)
+    cache.view(-1, 48)[77] = math.inf
+    got = kernels.expanded_attention(query, weights, cache, table, row_seq, positions, 0.2)
+    assert torch.equal(got[:77], want[:77])
+    assert not torch.isfinite(got[77:]).any()
+
+
+@needs_native
 def test_indices_out_of_range_are_refused() -> None:
     cache, latent, rope = normal(2, 32, 6), normal(1, 1, 4), normal(1, 1, 2)
     table, zero = torch.tensor([[1, 2]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -90,3 +146,8 @@ def test_indices_out_of_range_are_refused() -> None:
         kernels.mla_attention(latent, rope, cache, table, zero, zero + 64, 1.0)
     with pytest.raises(ValueError, match="without a block table"):
         kernels.mla_attention(latent, rope, cache, table, zero + 1, zero, 1.0)
+    weights = up_projections(1, 4, 3, 5)
+    with pytest.raises(ValueError, match="block outside the cache"):
+        kernels.expanded_attention(normal(1, 1, 5), weights, cache, table, zero, zero + 40, 1.0)
+    with pytest.raises(ValueError, match="do not fit queries"):
+        kernels.expanded_attention(normal(1, 2, 5), weights, cache, table, zero, zero, 1.0)

@@ -115,6 +115,24 @@ def mla_attention(width: int) -> Run:
     return run
 
 
+def expanded_attention(width: int) -> Run:
+    latent_width, heads = min(width, 256), 3
+    cache = normal(30, 32, latent_width + 6)
+    weights = [normal(heads, size, latent_width, seed=size) / latent_width**0.5 for size in (18, 20)]
+    packed_heads = kernels.pack_heads(weights[0]), kernels.pack_heads(weights[1].bfloat16())
+    query = normal(NUM_ROWS, heads, 24, seed=1)
+    tables = torch.randperm(30, generator=seeded()).int().view(5, 6)
+    row_seq = torch.arange(NUM_ROWS, dtype=torch.int32) // 25
+    positions = torch.randint(0, 192, (NUM_ROWS,), generator=seeded(), dtype=torch.int32)
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        return kernels.expanded_attention(
+            query[rows], packed_heads, cache, tables, row_seq[rows], positions[rows], 0.1
+        ).flatten(1)
+
+    return run
+
+
 OPERATIONS: dict[str, Callable[[int], Run]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -125,6 +143,7 @@ OPERATIONS: dict[str, Callable[[int], Run]] = {
     "argmax": argmax,
     "tree_add": tree_add,
     "mla_attention": mla_attention,
+    "expanded_attention": expanded_attention,
 }
 for _dtype in DTYPES:
     _name = str(_dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ FIELDS = [field.name for field in dataclasses.fields(kernels.MlaWeights) if fiel
 
 def layer(dtype: torch.dtype = torch.bfloat16, *, compressed: bool = True, biased: bool = False) -> kernels.MlaWeights:
     query = 45 if compressed else HIDDEN
+    key = (normal(HEADS, LATENT, PLAIN, seed=5) / 5).bfloat16()
     fields: dict[str, Any] = {
         "query_down": packed(query, HIDDEN, dtype) if compressed else None,
         "query_down_bias": normal(query, seed=1) if compressed and biased else None,
@@ -27,15 +28,16 @@ def layer(dtype: torch.dtype = torch.bfloat16, *, compressed: bool = True, biase
         "latent_down": packed(LATENT + ROPE, HIDDEN, dtype),
         "latent_down_bias": normal(LATENT + ROPE, seed=3) if biased else None,
         "latent_norm": normal(LATENT, seed=4),
-        "key_up": kernels.pack_heads((normal(HEADS, LATENT, PLAIN, seed=5) / 5).bfloat16()),
+        "key_up": kernels.pack_heads(key),
+        "key_expand": kernels.pack_heads(key.mT.contiguous()),
         "value_up": kernels.pack_heads((normal(HEADS, VALUE, LATENT, seed=6) / 8).bfloat16()),
         "output": tuple(packed(HIDDEN, n * VALUE, dtype, num_shards=n) for n in (1, 1, 2)),
     }
     return kernels.MlaWeights(**fields, eps=1e-5, interleave=compressed, scale=0.15)
 
 
-def batch(num_rows: int = 70) -> kernels.AttentionBatch:
-    """Two sequences: the last positions of the first, all of the second."""
+def batch(num_rows: int = 70, until: tuple[int, int] | None = None) -> kernels.AttentionBatch:
+    """Two sequences: the last positions of the first, all of the second. `until`: where each one's prompt ends."""
     first = num_rows // 3
     positions = torch.cat((torch.arange(first) + 40, torch.arange(num_rows - first)))
     sequence = (torch.arange(num_rows) >= first).long()
@@ -48,6 +50,7 @@ def batch(num_rows: int = 70) -> kernels.AttentionBatch:
         slots=tables[sequence, positions // 32] * 32 + positions % 32,
         row_sequence=sequence.int(),
         block_tables=tables.int(),
+        expanded_until=None if until is None else torch.tensor(until, dtype=torch.int32),
     )
 
 
@@ -75,8 +78,33 @@ def composed_attend(
     kernels.rope_(rotary, rows.cos, rows.sin, w.interleave)
     latent = kernels.head_linear(q[:, :, :PLAIN], w.key_up)
     o = kernels.mla_attention(latent, rotary, cache, rows.block_tables, rows.row_sequence, rows.positions, w.scale)
-    columns = kernels.head_linear(o, w.value_up).flatten(1).split([part.num_in for part in w.output], 1)
+    values = kernels.head_linear(o, w.value_up)
+    if rows.expanded_until is not None:
+        assert w.key_expand is not None
+        q = torch.cat((q[:, :, :PLAIN], rotary), 2)
+        both = w.key_expand, w.value_up
+        expanded = kernels.expanded_attention(
+            q, both, cache, rows.block_tables, rows.row_sequence, rows.positions, w.scale
+        )
+        is_prompt = rows.positions < rows.expanded_until[rows.row_sequence.long()]
+        values = torch.where(is_prompt[:, None, None], expanded, values)
+    columns = values.flatten(1).split([part.num_in for part in w.output], 1)
     return [kernels.linear(x.contiguous(), part) for x, part in zip(columns, w.output, strict=True)]
+
+
+# How far the prompts of batch() reach: none, no row, some rows of the first, of the second, of both, all rows.
+UNTIL = [None, (0, 0), (50, 0), (0, 17), (45, 30), (99, 99)]
+
+
+@needs_native
+@pytest.mark.parametrize("until", UNTIL, ids=str)
+def test_each_row_takes_the_form_of_its_role(until: tuple[int, int] | None) -> None:
+    weights, rows = layer(), batch(until=until)
+    x, cache = normal(70, HIDDEN), normal(10, 32, LATENT + ROPE, seed=8)
+    projected = kernels.mla_project(x, weights, rows, 0)
+    got = kernels.mla_attend(projected, weights, rows, cache.clone())
+    want = composed_attend(projected, weights, rows, cache)
+    assert all(torch.equal(left, right) for left, right in zip(got, want, strict=True))
 
 
 @needs_native
@@ -108,9 +136,10 @@ def test_one_call_is_both_to_the_bit() -> None:
         torch.testing.assert_close(kernels.mla(x, whole, rows, cache), want)
 
 
+@pytest.mark.parametrize("until", [None, (45, 30)])
 @pytest.mark.parametrize("compressed", [True, False])
-def test_both_calls_agree_with_torch(compressed: bool) -> None:
-    weights, rows = layer(compressed=compressed, biased=True), batch()
+def test_both_calls_agree_with_torch(compressed: bool, until: tuple[int, int] | None) -> None:
+    weights, rows = layer(compressed=compressed, biased=True), batch(until=until)
     x, cache = normal(70, HIDDEN), normal(10, 32, LATENT + ROPE, seed=8)
     projected = kernels.mla_project(x, weights, rows, 0)
     assert relative_error(projected, reference.mla_project(x, weights, rows, 0)) < 3e-6
@@ -132,5 +161,10 @@ def test_what_does_not_fit_is_refused() -> None:
     fields = {name: getattr(weights, name) for name in FIELDS}
     with pytest.raises(ValueError, match=r"query_up.num_in is 44, must be 45"):
         kernels.MlaWeights(**fields | {"query_up": packed(HEADS * (PLAIN + ROPE), 44, torch.float32)})
+    without = kernels.MlaWeights(**fields | {"key_expand": None})
+    with pytest.raises(ValueError, match="no key_expand"):
+        kernels.mla_attend(projected, without, batch(until=(0, 0)), cache)
+    with pytest.raises(ValueError, match=r"key_expand is \(4, 61, 24\), must be \(4, 24, 61\)"):
+        kernels.MlaWeights(**fields | {"key_expand": fields["key_up"]})
     with pytest.raises(ValueError, match="without query_norm"):
         kernels.MlaWeights(**fields | {"query_norm": None})

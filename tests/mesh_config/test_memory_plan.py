@@ -81,6 +81,14 @@ def test_attention_is_split_by_heads_and_kv_b_unpacked_from_fp8() -> None:
     assert whole == pytest.approx(split + counts.attention_replicated + 4 * counts.norms, rel=0.001)
 
 
+def test_the_expanded_form_takes_the_keys_of_kv_b_once_more() -> None:
+    absorbed, expanded = (
+        plans(FULL, make_mesh(FULL, num_ranks=8, attention_tp=8, max_model_len=64, prefill_attention=form))[0]
+        for form in ("absorbed", "expanded")
+    )
+    assert expanded.weights - absorbed.weights == expanded.key_expand == 4 * 61 * 16 * 128 * 512
+
+
 def test_weights_may_be_held_in_another_format() -> None:
     model = dataclasses.replace(FULL, num_layers=4, quantization=None)
     mesh = make_mesh(model, max_model_len=64)

@@ -119,9 +119,9 @@ class Group:
     num_rows: int = 0
 
     @classmethod
-    def of(cls, num_blocks: int, bounds: SchedulerLimits, *, caching: bool = True) -> Group:
+    def of(cls, num_blocks: int, bounds: SchedulerLimits, *, caching: bool = True, by_role: bool = False) -> Group:
         pool = WatchedPool(num_blocks)
-        return cls(Scheduler(pool, bounds, prefix_key="form" if caching else None), pool)
+        return cls(Scheduler(pool, bounds, prefix_key="form" if caching else None, prefix_by_role=by_role), pool)
 
     def receive(self, plan: StepPlan) -> StepPlan:
         received = StepPlan.from_wire(msgpack.unpackb(msgpack.packb(plan.to_wire())))

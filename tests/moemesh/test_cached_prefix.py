@@ -70,6 +70,22 @@ def test_the_next_turn_of_a_chat_finds_the_answer_too() -> None:
     assert cached_tokens(group, 2) == [20]
 
 
+def test_where_latents_depend_on_the_role_a_prompt_finds_no_answer_and_an_answer_itself() -> None:
+    group = Group.of(32, limits(), by_role=True)
+    turn = sequence(1, 9, max_tokens=12, ignore_eos=True)
+    computed(group, turn)
+    answer = group.tokens(1)
+    following = sequence(2, 1, max_tokens=1)
+    following.prompt_ids = (*turn.prompt_ids, *answer, 40)
+    assert computed(group, following) == 22 - 8  # two blocks of the first prompt; the third has generated tokens
+    restarted = sequence(3, 9, output=answer[:11], family=1, max_tokens=12, ignore_eos=True)
+    assert computed(group, restarted) == 20 - 16
+    # Four tokens more of what was prompt above: the same tokens, of which others were generated.
+    other = sequence(4, 1, output=answer[4:11], max_tokens=8, ignore_eos=True)
+    other.prompt_ids = (*turn.prompt_ids, *answer[:4])
+    assert computed(group, other) == 20 - 12  # the first 12 from the second sequence's prompt
+
+
 def test_another_salt_finds_nothing() -> None:
     group = Group.of(32, limits())
     assert computed(group, sequence(1, 9, family=1, salt="a", max_tokens=1)) == 9

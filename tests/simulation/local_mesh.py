@@ -90,11 +90,25 @@ class LocalMesh:
             self.engines.append(build_rank(model, self.mesh, placement, link=link, control=control, device=CPU))
         self.results: dict[int, Result] = {}
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, group: int = 0, salt: str = "") -> int:
-        """Send a request to a group's leader; its id."""
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        group: int = 0,
+        salt: str = "",
+        generated: Sequence[int] = (),
+    ) -> int:
+        """Send a request to a group's leader, or one that has got as far as `generated` elsewhere; its id."""
         request_id = len(self.results) + 1
         self.results[request_id] = Result()
-        message = messages.Submit(request_id=request_id, prompt=list(prompt), params=params.to_wire(), cache_salt=salt)
+        message = messages.Submit(
+            request_id=request_id,
+            prompt=list(prompt),
+            params=params.to_wire(),
+            generated=list(generated),
+            cache_salt=salt,
+        )
         self.controls[self.mesh.groups[group][0]].inbox.append(message)
         return request_id
 

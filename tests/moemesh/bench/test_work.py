@@ -33,7 +33,9 @@ def test_even_routing_is_the_expectation_of_uniform_draws() -> None:
 
 def test_one_rank_reads_its_weights_once_and_the_cache_of_every_sequence() -> None:
     model = model_config()
-    plan = MemoryPlan(attention=1000, dense=200, shared=30, router=4, experts=800, head=50, cache=0, workspace=0)
+    plan = MemoryPlan(
+        attention=1000, key_expand=9, dense=200, shared=30, router=4, experts=800, head=50, cache=0, workspace=0
+    )
     read = decode_bytes(model, make_mesh(model), [plan], batch_size=3, context=10, num_touched=4)
     assert read == 1000 + 200 + 30 + 4 + 50 + 400 + 3 * 10 * cache_bytes_per_token(model)
 
@@ -50,7 +52,10 @@ def test_ranks_without_rows_read_only_attention_and_idle_groups_nothing() -> Non
 
 def test_operations_of_a_prompt() -> None:
     model = model_config()
-    counts = count_parameters(model)
+    mesh, counts = make_mesh(model), count_parameters(model)
     one = 2 * counts.active + 2 * model.num_layers * model.num_heads * (model.latent_width + model.kv_lora_rank)
-    assert prefill_operations(model, 1) == one
-    assert prefill_operations(model, 2) > 2 * one - 2 * counts.head
+    assert prefill_operations(model, mesh, 1) == one
+    assert prefill_operations(model, mesh, 2) > 2 * one - 2 * counts.head
+    expanded = make_mesh(model, prefill_attention="expanded")
+    pairs = 2 * model.num_layers * model.num_heads * (model.qk_head_dim + model.v_head_dim)
+    assert prefill_operations(model, expanded, 1) == 2 * counts.active + pairs
