@@ -27,6 +27,7 @@ class RotaryTable:
     def device(self) -> torch.device:
         return self.cos_PR.device
 
-    def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, R/2] of int positions [T]."""
-        return self.cos_PR.index_select(0, positions_T), self.sin_PR.index_select(0, positions_T)
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [P, R/2] each."""
+        return self.cos_PR, self.sin_PR

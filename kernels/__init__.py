@@ -6,7 +6,7 @@ from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.heads import PackedHeads, head_linear, pack_heads
 from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
 from kernels.linear import PackedLinear, linear, normed_linear, pack_linear
-from kernels.mla import AttentionBatch, MlaWeights, mla, mla_attend, mla_project
+from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
@@ -42,6 +42,7 @@ __all__ = [
     "grouped_ffn",
     "head_linear",
     "isa",
+    "lay_out",
     "linear",
     "log_softmax",
     "mla",

@@ -167,6 +167,22 @@ def mla_attend(
     weights_at: int, batch_at: int, rows_at: int, cache_at: int, num_blocks: int, out_at: int, /
 ) -> None: ...
 def mla(weights_at: int, batch_at: int, x_at: int, cache_at: int, num_blocks: int, out_at: int, /) -> None: ...
+def lay_out(
+    ranges_at: int,
+    tables_at: int,
+    num_items: int,
+    max_blocks: int,
+    cos_at: int,
+    sin_at: int,
+    num_positions: int,
+    half_rope: int,
+    positions_at: int,
+    row_sequence_at: int,
+    slots_at: int,
+    row_cos_at: int,
+    row_sin_at: int,
+    /,
+) -> None: ...
 def layers(stack_at: int, batch_at: int, x_at: int, /) -> None: ...
 def pack(
     source_at: int,

@@ -12,14 +12,20 @@ D = Q + C + R.
 from __future__ import annotations
 
 import struct
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from kernels import reference
 from kernels.heads import PackedHeads
 from kernels.linear import PackedLinear
-from kernels.runtime import native, require
+from kernels.runtime import native, require, runs_native
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines float32 [positions, R/2] of every position."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,6 +176,50 @@ class AttentionBatch:
         derived = {"num_rows": num_rows, "half_rope": int(self.cos.shape[1]), "_struct": batch}
         for name, value in (derived | {"address": batch.data_ptr()}).items():
             object.__setattr__(self, name, value)
+
+
+def lay_out(
+    ranges: Sequence[tuple[int, int]],
+    block_tables: torch.Tensor,
+    angles: Angles,
+    *,
+    expanded_until: torch.Tensor | None = None,
+) -> AttentionBatch:
+    """The rows of some sequences: of each the positions from `start` on, `count` of them, for its (start, count).
+
+    block_tables int32 [sequences, blocks], on the device of the angles. Raises ValueError on a position outside its
+    table (native only).
+    """
+    cos_PR, sin_PR = angles
+    require(cos_PR, "cos", (None, None))
+    require(sin_PR, "sin", tuple(cos_PR.shape))
+    require(block_tables, "block_tables", (len(ranges), None), torch.int32)
+    if not runs_native(cos_PR):
+        rows = reference.lay_out(ranges, block_tables, angles)
+        return AttentionBatch(**rows, block_tables=block_tables, expanded_until=expanded_until)
+    num_rows, (num_positions, half_rope) = sum(count for _, count in ranges), cos_PR.shape
+    positions, row_sequence = torch.empty((2, num_rows), dtype=torch.int32).unbind()
+    slots = torch.empty(num_rows, dtype=torch.int64)
+    cos, sin = torch.empty((2, num_rows, half_rope)).unbind()
+    flat = array("q", chain.from_iterable(ranges))
+    native.lay_out(
+        flat.buffer_info()[0],
+        block_tables.data_ptr(),
+        *block_tables.shape,
+        *_addresses(cos_PR, sin_PR),
+        num_positions,
+        half_rope,
+        *_addresses(positions, row_sequence, slots, cos, sin),
+    )
+    return AttentionBatch(
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        slots=slots,
+        row_sequence=row_sequence,
+        block_tables=block_tables,
+        expanded_until=expanded_until,
+    )
 
 
 def mla_project(x_OH: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, first_row: int) -> torch.Tensor:

@@ -70,6 +70,18 @@ def _moe(
     return combine(rows_SH, slots_TK, weights_TK, base_TH)
 
 
+def lay_out(
+    ranges: Sequence[tuple[int, int]], block_tables: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    device, size = block_tables.device, 32
+    counts = torch.tensor([count for _, count in ranges])
+    sequence = torch.arange(len(ranges)).repeat_interleave(counts).to(device)
+    positions = torch.cat([torch.arange(start, start + count) for start, count in ranges]).to(device)
+    slots = block_tables[sequence, positions // size].long() * size + positions % size
+    cos, sin = (table[positions] for table in angles)
+    return {"positions": positions.int(), "row_sequence": sequence.int(), "slots": slots, "cos": cos, "sin": sin}
+
+
 def mla_project(x_OH: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, first_row: int) -> torch.Tensor:
     rows, width = slice(first_row, first_row + x_OH.shape[0]), weights.latent_width
     latent = _biased(linear(x_OH, weights.latent_down), weights.latent_down_bias)

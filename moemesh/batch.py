@@ -3,16 +3,15 @@
 Shape legend: T rows of the micro-batch, B its sequences.
 """
 
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from attention.latent_cache import BLOCK_SIZE
 from attention.rope import RotaryTable
-from kernels import AttentionBatch
+from kernels import AttentionBatch, lay_out
 from moemesh.sequence import Sequence
 from moemesh.step_plan import PlanMirror, ScheduledSequence, StepPlan
 
@@ -67,30 +66,16 @@ def build_micro_batch(
     tokens: list[int] = []
     for item, sequence in zip(items, sequences, strict=True):
         tokens += sequence.token_ids(item.start, item.stop)
-    counts = np.fromiter((item.count for item in items), dtype=np.int64, count=len(items))
-    starts = np.fromiter((item.start for item in items), dtype=np.int64, count=len(items))
-    row_sequence = np.repeat(np.arange(len(items)), counts)
-    first_row = np.cumsum(counts) - counts
-    positions = starts[row_sequence] + np.arange(len(tokens)) - first_row[row_sequence]
-    tables = np.zeros((len(items), max(len(s.block_table) for s in sequences)), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        tables[row, : len(sequence.block_table)] = sequence.block_table
-    slots = tables[row_sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    device = rotary.device
-    cos, sin = rotary.at(torch.from_numpy(positions).to(device))
-    attention = AttentionBatch(
-        positions=torch.from_numpy(positions.astype(np.int32)).to(device),
-        cos=cos,
-        sin=sin,
-        slots=torch.from_numpy(slots).to(device),
-        row_sequence=torch.from_numpy(row_sequence.astype(np.int32)).to(device),
-        block_tables=torch.from_numpy(tables.astype(np.int32)).to(device),
-        expanded_until=_prompt_lengths(items, sequences, device) if expand_prompts else None,
-    )
+    ranges = [(item.start, item.count) for item in items]
     return MicroBatch(
         index=index,
-        token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
-        attention=attention,
+        token_ids=torch.tensor(tokens, dtype=torch.int64, device=rotary.device),
+        attention=lay_out(
+            ranges,
+            _block_tables(sequences).to(rotary.device),
+            rotary.angles,
+            expanded_until=_prompt_lengths(items, sequences, rotary.device) if expand_prompts else None,
+        ),
         logits_rows=tuple(_logits_rows(items, sequences)),
     )
 
@@ -103,6 +88,16 @@ def _prompt_lengths(
     if all(item.start >= length for item, length in zip(items, lengths, strict=True)):
         return None
     return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def _block_tables(sequences: SequenceOf[Sequence]) -> Tensor:
+    """Int32 [B, blocks], as wide as the longest; what the others lack is 0."""
+    width = max(len(sequence.block_table) for sequence in sequences)
+    blocks = array("i")
+    for sequence in sequences:
+        blocks.extend(sequence.block_table)
+        blocks.extend([0] * (width - len(sequence.block_table)))
+    return torch.frombuffer(blocks, dtype=torch.int32).view(len(sequences), width)
 
 
 def _logits_rows(items: SequenceOf[ScheduledSequence], sequences: SequenceOf[Sequence]) -> list[LogitsRow]:

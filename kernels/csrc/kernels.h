@@ -59,6 +59,22 @@ typedef struct {
     int64_t num_rows, num_seqs, max_blocks;
 } MlaBatch;
 
+/* Where the items of a step plan stand, to be laid out as rows (kernels/mla.py). */
+typedef struct {
+    const int64_t *ranges; /* [num_items][first position, number of positions] */
+    const int32_t *tables; /* [num_items][max_blocks] */
+    int64_t num_items, max_blocks;
+    const float *cosine, *sine; /* [num_positions][half] */
+    int64_t num_positions, half;
+} Layout;
+
+/* The same as an MlaBatch has it, of all rows. */
+typedef struct {
+    int32_t *positions, *row_seq;
+    int64_t *slots;
+    float *cosine, *sine;
+} LaidOut;
+
 /* One layer of a rank that has all of it (kernels/layers.py fills it, same order). `experts` and what belongs to the gate
    are 0 in a dense layer; `ffn` is the dense network there, elsewhere the shared expert (NULL where there is none). */
 typedef struct {

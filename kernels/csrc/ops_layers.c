@@ -1,5 +1,6 @@
-/* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of the head. They are made
-   of the other drivers, so that their bits are those of the single operations. */
+/* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of what comes before and
+   after: laying rows out, and the head. They are made of the other drivers, so that their bits are those of the single
+   operations. */
 #include <string.h>
 
 #include "ops.h"
@@ -92,4 +93,23 @@ const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *ind
     }
     const char *wrong = op_rms_norm(rows, weight, normed, num_index, n, eps);
     return wrong ? wrong : op_linear(m, normed, num_index, y);
+}
+
+const char *op_lay_out(const Layout *l, const LaidOut *out)
+{
+    const int64_t bytes = l->half * (int64_t)sizeof(float);
+    for (int64_t item = 0, row = 0; item < l->num_items; item++) {
+        const int64_t start = l->ranges[2 * item], stop = start + l->ranges[2 * item + 1];
+        const int32_t *blocks = l->tables + item * l->max_blocks;
+        if (start < 0 || stop > l->num_positions || stop > l->max_blocks * KEY_BLOCK)
+            return "a position lies outside its block table, or beyond the angles";
+        for (int64_t position = start; position < stop; position++, row++) {
+            out->positions[row] = (int32_t)position;
+            out->row_seq[row] = (int32_t)item;
+            out->slots[row] = (int64_t)blocks[position / KEY_BLOCK] * KEY_BLOCK + position % KEY_BLOCK;
+            memcpy(out->cosine + row * l->half, l->cosine + position * l->half, bytes);
+            memcpy(out->sine + row * l->half, l->sine + position * l->half, bytes);
+        }
+    }
+    return NULL;
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention.latent_cache import BLOCK_SIZE, LatentCache
+from attention.latent_cache import LatentCache
 from attention.rope import RotaryTable
-from kernels import AttentionBatch
+from kernels import AttentionBatch, lay_out
 from mesh_config import load_model_config, make_mesh
 from moemesh.checkpoint import Checkpoint
 from moemesh.mesh_plan import placement_of
@@ -48,18 +48,7 @@ def _model(folder: Path, rank: int = 0, tp: int = 1) -> AttentionModel:
 
 
 def _batch(rotary: RotaryTable, start: int, stop: int, blocks: list[int]) -> AttentionBatch:
-    positions = torch.arange(start, stop)
-    cos, sin = rotary.at(positions)
-    table = torch.tensor([blocks], dtype=torch.int32)
-    slots = table[0, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-    return AttentionBatch(
-        positions=positions.int(),
-        cos=cos,
-        sin=sin,
-        slots=slots,
-        row_sequence=torch.zeros(len(positions), dtype=torch.int32),
-        block_tables=table,
-    )
+    return lay_out([(start, stop - start)], torch.tensor([blocks], dtype=torch.int32), rotary.angles)
 
 
 def _cache(model: AttentionModel) -> LatentCache:

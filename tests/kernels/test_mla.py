@@ -168,3 +168,27 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.MlaWeights(**fields | {"key_expand": fields["key_up"]})
     with pytest.raises(ValueError, match="without query_norm"):
         kernels.MlaWeights(**fields | {"query_norm": None})
+
+
+def test_rows_laid_out_know_their_positions_slots_and_angles() -> None:
+    cos, sin = normal(128, ROPE // 2), normal(128, ROPE // 2, seed=1)
+    tables = torch.tensor([[5, 2, 0], [1, 7, 3]], dtype=torch.int32)
+    ranges = [(30, 5), (95, 1)]
+    rows = kernels.lay_out(ranges, tables, (cos, sin))
+    positions = [*range(30, 35), 95]
+    assert rows.positions.tolist() == positions
+    assert rows.row_sequence.tolist() == [0] * 5 + [1]
+    assert rows.slots.tolist() == [190, 191, 64, 65, 66, 127]
+    assert torch.equal(rows.cos, cos[positions])
+    assert torch.equal(rows.sin, sin[positions])
+    twin = reference.lay_out(ranges, tables, (cos, sin))
+    assert all(torch.equal(getattr(rows, name), tensor) for name, tensor in twin.items())
+
+
+@needs_native
+def test_positions_without_a_block_or_an_angle_are_refused() -> None:
+    tables = torch.zeros((1, 3), dtype=torch.int32)
+    for num_positions, start in ((128, 96), (64, 64), (64, -1)):
+        angles = normal(num_positions, ROPE // 2), normal(num_positions, ROPE // 2)
+        with pytest.raises(ValueError, match="outside its block table"):
+            kernels.lay_out([(start, 1)], tables, angles)
