@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moemesh.bench.machine import describe_hardware, describe_versions
 from moemesh.flags import Options
 
 _SECRET = ("api_key",)
@@ -18,6 +17,9 @@ _SECRET = ("api_key",)
 
 def result_document(options: Options, figures: Mapping[str, Any]) -> dict[str, Any]:
     """`figures` with the date, the machine, the versions and the options they were measured with."""
+    # Not at the top: it loads torch, and a client of an endpoint needs the processor for other things.
+    from moemesh.bench.machine import describe_hardware, describe_versions
+
     given = dataclasses.asdict(options)
     return {
         "benchmark": options.command,

@@ -237,9 +237,9 @@ class _Chunks:
 async def _answer_in_events(
     request: web.Request, gateway: Gateway, pieces: PieceQueue, chunks: _Chunks
 ) -> web.StreamResponse:
-    """Events as the pieces come. What fails before the first piece is an ordinary error answer."""
+    """Events as the pieces come. What fails before the first piece, and soon, is an ordinary error answer."""
     keep_alive_s = gateway.options.keep_alive_s
-    batch = await pieces.next_pieces(keep_alive_s)
+    batch = await pieces.next_pieces(min(keep_alive_s, gateway.options.headers_after_s))
     events = EventStream(request, client_timeout_s=gateway.options.client_timeout_s)
     await events.open()
     try:

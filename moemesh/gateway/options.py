@@ -103,6 +103,8 @@ class GatewayOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # A stream that has been silent for so long gets a comment, lest a proxy take it for dead.
     keep_alive_s: float = 15.0
+    # What fails within so long of a stream's admission is an ordinary error answer; then its headers are sent.
+    headers_after_s: float = 0.5
     # A client that takes nothing for so long, or does not finish sending its request, is let go.
     client_timeout_s: float = 120.0
     # Threads that tokenize, render templates and write long answers, off the event loop.
@@ -113,6 +115,6 @@ class GatewayOptions:
             raise ValueError("served_model_names must hold at least one name, and no empty one")
         if not all(self.api_keys):
             raise ValueError("an API key is empty: leave api_keys empty to serve everybody")
-        for name in ("max_body_bytes", "keep_alive_s", "client_timeout_s", "worker_threads"):
+        for name in ("max_body_bytes", "keep_alive_s", "headers_after_s", "client_timeout_s", "worker_threads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
