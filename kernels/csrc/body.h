@@ -73,6 +73,7 @@ INLINE float exp_one(float x) { return vexp(splat(x))[0]; }
 #include "body_sample.h"
 #include "body_route.h"
 #include "body_attention.h"
+#include "body_absorbed.h"
 #include "body_expanded.h"
 
 const KernelTable TABLE = {
@@ -87,5 +88,7 @@ const KernelTable TABLE = {
     .combine = combine,
     .tree_add = tree_add,
     .attend = attend,
+    .attend_segments = attend_segments,
+    .join_segments = join_segments,
     .attend_expanded = attend_expanded,
 };

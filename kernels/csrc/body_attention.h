@@ -1,129 +1,135 @@
-/* Multi-head latent attention in the absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1.2 and appendix C) with
-   online softmax (Milakov and Gimelshein, arXiv 1805.02867) over key blocks of 32 positions, in order. A line is one
-   (row, head); what it computes depends on its own query and keys alone. */
+/* Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over spans of SPAN keys, in order, for both forms of
+   attention. A line is one query, of one row and head. Up to 32 lines make a bundle and are the lanes of its vectors:
+   no sum runs across lanes, each is one chain over a line's own keys in order, whatever its neighbours see. */
 
 typedef struct {
-    int64_t width, out_width; /* floats of one query or key, and of one output, in scratch */
-    float *query, *out, *weights, *top, *total, *keys;
-} Lines;
+    int64_t num_lines, lanes; /* lanes: 16 or 32; those beyond num_lines see no key */
+    int64_t width, out_width; /* of a query; of an output, a multiple of PANEL */
+    float *query;             /* [width][lanes] */
+    float *scores;            /* [SPAN][lanes], then weights */
+    float *out;               /* [num_lines][out_width] */
+    float *top, *total;       /* [lanes] */
+    int32_t *seen;            /* [lanes]: how many keys of the span */
+} Bundle;
 
-static Lines lines_of(const Attention *a, int64_t num_lines, float *scratch)
+/* Takes the next bundle out of scratch; `scores` is shared by all. Returns the end of what it took. */
+static float *open_bundle(Bundle *b, int64_t num_lines, int64_t width, int64_t out_width, float *scores, float *scratch)
 {
-    Lines l = {.width = attend_width(a), .out_width = round_up(a->latent_width, PANEL)};
-    l.query = scratch;
-    l.out = l.query + num_lines * l.width;
-    l.weights = l.out + num_lines * l.out_width;
-    l.top = l.weights + num_lines * KEY_BLOCK;
-    l.total = l.top + num_lines * 16;
-    l.keys = l.total + num_lines * 16;
-    return l;
+    *b = (Bundle){.num_lines = num_lines, .lanes = round_up(num_lines, 16), .width = width, .out_width = out_width,
+                  .scores = scores, .query = scratch};
+    b->out = b->query + width * b->lanes;
+    b->top = b->out + num_lines * out_width;
+    b->total = b->top + b->lanes;
+    b->seen = (int32_t *)(b->total + b->lanes);
+    return (float *)(b->seen + b->lanes);
 }
 
-static void load_queries(const Attention *a, const AttentionTile *tile, Lines *l)
+static void reset_bundle(const Bundle *b)
 {
-    for (int64_t i = 0; i < tile->num_rows * tile->num_heads; i++) {
-        const int64_t row = tile->row + i / tile->num_heads, head = tile->head + i % tile->num_heads;
-        float *query = l->query + i * l->width;
-        memcpy(query, a->latent + row * a->latent_strides[0] + head * a->latent_strides[1], a->latent_width * 4);
-        memcpy(query + a->latent_width, a->rope + row * a->rope_strides[0] + head * a->rope_strides[1],
-               a->rope_width * 4);
-        memset(query + a->latent_width + a->rope_width, 0, (l->width - a->latent_width - a->rope_width) * 4);
-        memset(l->out + i * l->out_width, 0, l->out_width * 4);
-        l->top[i] = -INFINITY;
-        l->total[i] = 0.0f;
+    memset(b->out, 0, b->num_lines * b->out_width * sizeof(float));
+    for (int64_t i = 0; i < b->lanes; i++) {
+        b->top[i] = -INFINITY;
+        b->total[i] = 0.0f;
+        b->seen[i] = 0;
     }
 }
 
-/* Keys of widths that do not fill vectors are copied into padded scratch. */
-static const float *keys_of(const Attention *a, int64_t block, Lines *l, int64_t *stride)
+/* queries[i] has the values of line i from `at` on. */
+static void load_queries(const Bundle *b, const float *const *queries, int64_t at, int64_t count)
 {
-    const int64_t width = a->latent_width + a->rope_width;
-    const float *keys = a->at.cache + block * KEY_BLOCK * width;
-    *stride = width;
-    if (width % 16 == 0 && a->latent_width % PANEL == 0)
-        return keys;
-    for (int64_t j = 0; j < KEY_BLOCK; j++) {
-        memcpy(l->keys + j * l->width, keys + j * width, width * 4);
-        memset(l->keys + j * l->width + width, 0, (l->width - width) * 4);
-    }
-    *stride = l->width;
-    return l->keys;
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t i = 0; i < b->lanes; i++)
+            b->query[(at + k) * b->lanes + i] = i < b->num_lines ? queries[i][k] : 0.0f;
 }
 
-/* Products of `rows` queries with DOT_KEYS keys: 16 virtual lanes along the vectors, a strip of them at a time so that
-   the accumulators fit in registers. */
-INLINE void dot_tile(const int rows, const float *query, int64_t query_stride, const float *keys, int64_t key_stride,
-                     int64_t width, float *out)
+/* Scores of `rows` keys for 16 lanes; run_tiles has 32. */
+INLINE void score_pass(const int rows, const Bundle *b, const float *const *keys, const float *const *ahead,
+                       float *scores)
 {
-    vf lanes[DOT_ROWS * DOT_KEYS + 3][NUM_STRIPS]; /* up to 3 unused: sums are taken by fours */
-    for (int s = 0; s < NUM_STRIPS; s++) {
-        vf acc[DOT_ROWS][DOT_KEYS];
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < DOT_KEYS; j++)
-                acc[r][j] = splat(0.0f);
-        for (int64_t i = s * VL; i < width; i += 16) {
-            vf key[DOT_KEYS];
-            for (int j = 0; j < DOT_KEYS; j++)
-                key[j] = load(keys + j * key_stride + i);
-            for (int r = 0; r < rows; r++) {
-                vf q = load(query + r * query_stride + i);
-                for (int j = 0; j < DOT_KEYS; j++)
-                    acc[r][j] = fused(q, key[j], acc[r][j]);
-            }
+    const int64_t fetched = b->width - b->out_width / 2;
+    vf acc[MAX_TILE_ROWS][NUM_STRIPS];
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < NUM_STRIPS; s++)
+            acc[r][s] = splat(0.0f);
+    for (int64_t k = 0; k < b->width; k++) {
+        vf query[NUM_STRIPS];
+        for (int s = 0; s < NUM_STRIPS; s++)
+            query[s] = load(b->query + k * 16 + s * VL);
+        if (ahead && k < fetched && k % 16 < rows)
+            for (int64_t r = k % 16; r < rows; r += 16)
+                __builtin_prefetch(ahead[r] + k / 16 * 16, 0, 2);
+        for (int r = 0; r < rows; r++) {
+            vf key = splat(keys[r][k]);
+            for (int s = 0; s < NUM_STRIPS; s++)
+                acc[r][s] = fused(key, query[s], acc[r][s]);
         }
-        for (int i = 0; i < DOT_ROWS * DOT_KEYS + 3; i++)
-            lanes[i][s] = i < rows * DOT_KEYS ? acc[i / DOT_KEYS][i % DOT_KEYS] : splat(0.0f);
     }
-    for (int first = 0; first < rows * DOT_KEYS; first += 4) {
-        float sums[4];
-        sum_lanes4(lanes + first, sums);
-        for (int i = first; i < first + 4 && i < rows * DOT_KEYS; i++)
-            out[i / DOT_KEYS * KEY_BLOCK + i % DOT_KEYS] = sums[i - first];
-    }
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < NUM_STRIPS; s++)
+            store(scores + r * 16 + s * VL, acc[r][s]);
 }
 
-/* scores[num_lines][32]; columns from num_keys (rounded up to DOT_KEYS) on are left as they are. */
-static void dot_block(const Lines *l, int64_t line, int64_t num_lines, const float *keys, int64_t stride,
-                      int64_t width, int64_t num_keys)
+/* out[rows][2 * VL columns] += weights of `rows` lines for keys [first, stop), times their values. */
+INLINE void value_pass(const int rows, const Bundle *b, int64_t line, const float *const *values,
+                       const float *const *ahead, int64_t column, int64_t first, int64_t stop)
 {
-    const int64_t stop = line + num_lines;
-    for (; line < stop; line += DOT_ROWS)
-        for (int64_t j = 0; j < num_keys; j += DOT_KEYS) {
-            const float *query = l->query + line * l->width, *key = keys + j * stride;
-            float *out = l->weights + line * KEY_BLOCK + j;
-            if (stop - line >= DOT_ROWS)
-                dot_tile(DOT_ROWS, query, l->width, key, stride, width, out);
-            else
-                for (int64_t r = 0; r < stop - line; r++)
-                    dot_tile(1, query + r * l->width, l->width, key, stride, width, out + r * KEY_BLOCK);
+    const int64_t fetched = b->width - b->out_width / 2 + column / 2;
+    vf acc[MAX_TILE_ROWS][2];
+    float *out = b->out + line * b->out_width + column;
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < 2; s++)
+            acc[r][s] = load(out + r * b->out_width + s * VL);
+    const float *weights = b->scores + first * b->lanes + line;
+    for (int64_t k = first; k < stop; k++, weights += b->lanes) {
+        if (ahead && line == 0 && column % PANEL == 0)
+            __builtin_prefetch(ahead[k] + fetched, 0, 2);
+        vf low = load(values[k] + column), high = load(values[k] + column + VL);
+        for (int r = 0; r < rows; r++) {
+            vf weight = splat(weights[r]);
+            acc[r][0] = fused(weight, low, acc[r][0]);
+            acc[r][1] = fused(weight, high, acc[r][1]);
         }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < 2; s++)
+            store(out + r * b->out_width + s * VL, acc[r][s]);
 }
 
-/* Scores become weights exp(score - top), those after the first num_keys zero up to a multiple of KEY_BLOCK; returns by
-   what the sums so far are to be multiplied. Subnormal weights become zero too: beside a weight of 1 they are nothing,
-   and products with them take several times as long. */
-static float soften(float *weights, int64_t num_keys, float scale, float *top, float *total)
+typedef void (*ScoreFunction)(const Bundle *b, const float *const *keys, const float *const *ahead, float *scores);
+typedef void (*ValueFunction)(const Bundle *b, int64_t line, const float *const *values, const float *const *ahead,
+                              int64_t column, int64_t first, int64_t stop);
+#define DEFINE_PASSES(PREFIX, ROWS)                                                                                \
+    static void PREFIX##_score_##ROWS(const Bundle *b, const float *const *keys, const float *const *ahead,        \
+                                      float *scores)                                                               \
+    {                                                                                                              \
+        score_pass(ROWS, b, keys, ahead, scores);                                                                  \
+    }                                                                                                              \
+    static void PREFIX##_value_##ROWS(const Bundle *b, int64_t line, const float *const *values,                   \
+                                      const float *const *ahead, int64_t column, int64_t first, int64_t stop)      \
+    {                                                                                                              \
+        value_pass(ROWS, b, line, values, ahead, column, first, stop);                                             \
+    }
+#define NAME_SCORE(PREFIX, ROWS) PREFIX##_score_##ROWS,
+#define NAME_VALUE(PREFIX, ROWS) PREFIX##_value_##ROWS,
+EACH_ROWS(DEFINE_PASSES, pass)
+static const ScoreFunction score_passes[MAX_TILE_ROWS] = {EACH_ROWS(NAME_SCORE, pass)};
+static const ValueFunction value_passes[MAX_TILE_ROWS] = {EACH_ROWS(NAME_VALUE, pass)};
+
+/* The size of the first of the nearly equal blocks that `rows` rows are cut into. */
+static int64_t next_rows(int64_t rows) { return rows / ((rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS); }
+
+static void score_keys(const Bundle *b, const float *const *keys, const float *const *ahead, int64_t num_keys)
 {
-    const int64_t stop = round_up(num_keys, KEY_BLOCK);
-    for (int64_t j = 0; j < num_keys; j++)
-        weights[j] *= scale;
-    for (int64_t j = num_keys; j < stop; j++)
-        weights[j] = -INFINITY;
-    const float block_top = row_max(weights, stop), new_top = block_top > *top ? block_top : *top;
-    const float shrink = *top == new_top ? 1.0f : exp_one(*top - new_top);
-    vf lanes[NUM_STRIPS];
-    for (int s = 0; s < NUM_STRIPS; s++)
-        lanes[s] = splat(0.0f);
-    for (int64_t j = 0; j < stop; j += 16)
-        for (int s = 0; s < NUM_STRIPS; s++) {
-            vf weight = vexp(load(weights + j + s * VL) - splat(new_top));
-            weight = pick((vi)(weight < splat(0x1p-126f)), splat(0.0f), weight);
-            store(weights + j + s * VL, weight);
-            lanes[s] = lanes[s] + weight;
-        }
-    *total = *total * shrink + sum16(lanes);
-    *top = new_top;
-    return shrink;
+    if (b->lanes == PANEL) {
+        Tile t = {.rows = keys, .count = b->width, .weights = (const uint8_t *)b->query, .acc = b->scores,
+                  .acc_stride = PANEL, .first = 1};
+        run_tiles(KIND_F32, t, num_keys);
+        return;
+    }
+    for (int64_t key = 0, rows; key < num_keys; key += rows) {
+        rows = next_rows(num_keys - key);
+        score_passes[rows - 1](b, keys + key, ahead ? ahead + key : NULL, b->scores + key * 16);
+    }
 }
 
 static void scale_line(float *out, int64_t n, float factor)
@@ -132,60 +138,84 @@ static void scale_line(float *out, int64_t n, float factor)
         store(out + i, load(out + i) * splat(factor));
 }
 
-/* Lines [line, line + num_lines) take in the first num_keys keys of one block. */
-static void attend_block(const Attention *a, const Lines *l, int64_t line, int64_t num_lines, const float *keys,
-                         int64_t stride, int64_t num_keys)
+/* Scores become weights exp(score - top); what was summed so far is multiplied so that it fits. Keys that a line does
+   not see weigh nothing, whatever they hold. Subnormal weights become zero too: beside a weight of 1 they are nothing,
+   and products with them take several times as long. */
+static void soften(const Bundle *b, int64_t num_keys, float scale)
 {
-    const float *rows[ROW_CHUNK];
-    const int64_t width = round_up(a->latent_width + a->rope_width, 16);
-    dot_block(l, line, num_lines, keys, stride, width, num_keys);
-    for (int64_t i = 0; i < num_lines; i++) {
-        const int64_t at = line + i;
-        rows[i] = l->weights + at * KEY_BLOCK;
-        float shrink = soften(l->weights + at * KEY_BLOCK, num_keys, a->scale, l->top + at, l->total + at);
-        if (shrink != 1.0f)
-            scale_line(l->out + at * l->out_width, l->out_width, shrink);
-    }
-    for (int64_t column = 0; column < l->out_width; column += PANEL) {
-        Tile t = {.rows = rows, .count = num_keys, .weights = (const uint8_t *)(keys + column), .stride = stride,
-                  .acc = l->out + line * l->out_width + column, .acc_stride = l->out_width};
-        run_tiles(KIND_STRIDED, t, num_lines);
-    }
-}
-
-static void store_lines(const Attention *a, const AttentionTile *tile, const Lines *l)
-{
-    for (int64_t i = 0; i < tile->num_rows * tile->num_heads; i++) {
-        const int64_t row = tile->row + i / tile->num_heads, head = tile->head + i % tile->num_heads;
-        float *out = a->out + (row * a->num_heads + head) * a->latent_width;
-        for (int64_t c = 0; c < a->latent_width; c++)
-            out[c] = l->out[i * l->out_width + c] / l->total[i];
-    }
-}
-
-/* Rows that see a whole block go through it together; a row that sees part of it goes alone, so that it meets exactly
-   its own keys whatever its neighbours see. */
-static void attend(const Attention *a, const AttentionTile *tile, float *scratch)
-{
-    Lines l = lines_of(a, tile->num_rows * tile->num_heads, scratch);
-    const int32_t *positions = a->at.positions + tile->row;
-    const int32_t *table = a->at.tables + a->at.row_seq[tile->row] * a->at.max_blocks;
-    int64_t last = 0, stride;
-    load_queries(a, tile, &l);
-    for (int64_t i = 0; i < tile->num_rows; i++)
-        last = positions[i] > last ? positions[i] : last;
-    for (int64_t block = 0; block * KEY_BLOCK <= last; block++) {
-        const float *keys = keys_of(a, table[block], &l, &stride);
-        for (int64_t i = 0, next; i < tile->num_rows; i = next) {
-            int64_t seen = positions[i] + 1 - block * KEY_BLOCK;
-            next = i + 1;
-            if (seen <= 0)
-                continue;
-            while (seen >= KEY_BLOCK && next < tile->num_rows && positions[next] + 1 - block * KEY_BLOCK >= KEY_BLOCK)
-                next++;
-            attend_block(a, &l, i * tile->num_heads, (next - i) * tile->num_heads, keys, stride,
-                         seen < KEY_BLOCK ? seen : KEY_BLOCK);
+    float factors[PANEL];
+    for (int64_t lane = 0; lane < b->lanes; lane += VL) {
+        vi seen;
+        memcpy(&seen, b->seen + lane, sizeof seen);
+        vf old_top = load(b->top + lane), top = old_top, sum = splat(0.0f);
+        for (int64_t j = 0; j < num_keys; j++) {
+            float *place = b->scores + j * b->lanes + lane;
+            vf score = load(place) * splat(scale);
+            store(place, score);
+            top = larger(pick((vi)(seen > (int32_t)j), score, splat(-INFINITY)), top);
         }
+        vf shrink = pick((vi)(old_top == top), splat(1.0f), vexp(old_top - top));
+        for (int64_t j = 0; j < num_keys; j++) {
+            float *place = b->scores + j * b->lanes + lane;
+            vf weight = vexp(load(place) - top);
+            weight = pick((vi)(seen > (int32_t)j) & ~(vi)(weight < splat(0x1p-126f)), weight, splat(0.0f));
+            store(place, weight);
+            sum = sum + weight;
+        }
+        store(b->total + lane, load(b->total + lane) * shrink + sum);
+        store(b->top + lane, top);
+        store(factors + lane, shrink);
     }
-    store_lines(a, tile, &l);
+    for (int64_t i = 0; i < b->num_lines; i++)
+        if (factors[i] != 1.0f)
+            scale_line(b->out + i * b->out_width, b->out_width, factors[i]);
+}
+
+/* Adds the weighted values of keys [from, seen) to lines [line, line + num_lines): those that all of them see together,
+   the others by halves, so that every line meets exactly its own. */
+static void add_values(const Bundle *b, int64_t line, int64_t num_lines, const float *const *values,
+                       const float *const *ahead, int64_t from)
+{
+    int64_t fewest = b->seen[line], most = fewest;
+    for (int64_t i = line + 1; i < line + num_lines; i++) {
+        fewest = b->seen[i] < fewest ? b->seen[i] : fewest;
+        most = b->seen[i] > most ? b->seen[i] : most;
+    }
+    for (int64_t column = 0; fewest > from && column < b->out_width; column += 2 * VL)
+        for (int64_t i = 0, rows; i < num_lines; i += rows) {
+            rows = next_rows(num_lines - i);
+            value_passes[rows - 1](b, line + i, values, ahead, column, from, fewest);
+        }
+    if (most <= from || most == fewest)
+        return;
+    from = fewest > from ? fewest : from;
+    add_values(b, line, num_lines / 2, values, ahead, from);
+    add_values(b, line + num_lines / 2, num_lines - num_lines / 2, values, ahead, from);
+}
+
+/* The lines of a bundle take in the keys and values of one span, of which each sees the first `seen`. `ahead`: SPAN keys
+   that are fetched meanwhile, since they come next, or NULL. */
+static void attend_span(const Bundle *b, const float *const *keys, const float *const *values,
+                        const float *const *ahead, float scale)
+{
+    int64_t most = 0;
+    for (int64_t i = 0; i < b->num_lines; i++)
+        most = b->seen[i] > most ? b->seen[i] : most;
+    if (most == 0)
+        return;
+    score_keys(b, keys, ahead, most);
+    soften(b, most, scale);
+    add_values(b, 0, b->num_lines, values, ahead, 0);
+}
+
+static int32_t seen_of(int32_t position, int64_t start)
+{
+    const int64_t seen = position + 1 - start;
+    return (int32_t)(seen < 0 ? 0 : seen < SPAN ? seen : SPAN);
+}
+
+static void store_line(float *out, const float *sum, float total, int64_t n)
+{
+    for (int64_t c = 0; c < n; c++)
+        out[c] = sum[c] / total;
 }

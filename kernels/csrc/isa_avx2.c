@@ -11,8 +11,6 @@
 #define VL 8
 #define MAX_TILE_ROWS 6
 #define STRIPS_AT_ONCE(rows) ((rows) <= 3 ? 2 : 1)
-#define DOT_ROWS 4
-#define DOT_KEYS 2
 
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));

@@ -12,8 +12,6 @@
 #define VL 16
 #define MAX_TILE_ROWS 12
 #define STRIPS_AT_ONCE(rows) 1
-#define DOT_ROWS 4
-#define DOT_KEYS 4
 
 typedef __m512 vf;
 typedef int32_t vi __attribute__((vector_size(64)));

@@ -17,8 +17,6 @@
 #define VL 4
 #define MAX_TILE_ROWS 6
 #define STRIPS_AT_ONCE(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)
-#define DOT_ROWS 4
-#define DOT_KEYS 2
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));

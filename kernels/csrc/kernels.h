@@ -168,6 +168,12 @@ typedef struct {
     int64_t row, num_rows, head, num_heads;
 } AttentionTile;
 
+/* Segments [first, stop) of a tile's context, and what becomes of them: parts[stop - first][stride]. */
+typedef struct {
+    int64_t first, stop, stride;
+    float *parts;
+} Segments;
+
 /* The leaf functions that exist once per instruction set. All variants give the same bits. */
 typedef struct {
     const char *name;
@@ -183,29 +189,41 @@ typedef struct {
                     float *y, int64_t n);
     void (*tree_add)(const float *const *parts, int64_t num_parts, float *y, int64_t start, int64_t stop);
     void (*attend)(const Attention *a, const AttentionTile *tile, float *scratch);
+    void (*attend_segments)(const Attention *a, const AttentionTile *tile, const Segments *range, float *scratch);
+    void (*join_segments)(const Attention *a, const AttentionTile *tile, const Segments *range);
     void (*attend_expanded)(const Expanded *e, const AttentionTile *tile, float *scratch); /* one head */
 } KernelTable;
 
 /* Floats of scratch that route and attend need. */
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 static inline int64_t route_scratch(int64_t num_experts) { return 4 * round_up(num_experts, 16); }
-static inline int64_t attend_width(const Attention *a)
-{
-    int64_t whole = a->latent_width + a->rope_width, latent = round_up(a->latent_width, PANEL);
-    return round_up(whole > latent ? whole : latent, PANEL);
-}
-static inline int64_t attend_scratch(const Attention *a, int64_t rows)
-{
-    return rows * (attend_width(a) + round_up(a->latent_width, PANEL) + KEY_BLOCK + 32) + KEY_BLOCK * attend_width(a);
-}
 
-#define SPAN 128       /* keys that the expanded form takes at a time, from a multiple of SPAN on */
-#define SPAN_QUERIES 48 /* queries that meet a span together */
+#define SPAN 128      /* keys that a query takes in at a time, from a multiple of SPAN on */
+#define SEGMENT 256   /* keys of the absorbed form that are summed by themselves, from a multiple of SEGMENT on */
+#define TILE_LINES 64 /* (row, head) pairs of the absorbed form that go through the keys together, at most */
+static inline int64_t bundle_scratch(int64_t num_lines, int64_t width, int64_t out_width)
+{
+    const int64_t lanes = round_up(num_lines, 16);
+    return lanes * (width + 3) + num_lines * out_width;
+}
+static inline int64_t attend_part_width(const Attention *a) { return round_up(a->latent_width, PANEL) + 16; }
+static inline int64_t attend_padded(const Attention *a)
+{
+    const int64_t whole = a->latent_width + a->rope_width, values = round_up(a->latent_width, PANEL);
+    return a->latent_width % PANEL == 0 ? 0 : whole > values ? whole : values;
+}
+static inline int64_t attend_scratch(const Attention *a)
+{
+    const int64_t out_width = round_up(a->latent_width, PANEL);
+    return SPAN * (PANEL + 2 * attend_padded(a)) + TILE_LINES * attend_part_width(a) +
+           bundle_scratch(TILE_LINES, a->latent_width + a->rope_width, out_width);
+}
 static inline int64_t expanded_width(const Expanded *e) { return round_up(e->value->num_out, PANEL); }
 static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)
 {
-    const int64_t per_key = e->key->num_out + e->rope_width + PANEL + expanded_width(e);
-    return SPAN * (per_key + SPAN_QUERIES) + round_up(rows * (expanded_width(e) + 2), 16);
+    const int64_t key_width = e->key->num_out + e->rope_width;
+    return SPAN * (key_width + expanded_width(e) + 2 * PANEL) +
+           bundle_scratch(round_up(rows, PANEL), key_width, expanded_width(e));
 }
 
 #if defined(__x86_64__)

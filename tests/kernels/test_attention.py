@@ -105,6 +105,30 @@ def test_chunks_of_a_prompt_give_the_bits_of_the_whole(chunk: int, threads: int)
 
 
 @needs_native
+@pytest.mark.parametrize("heads", [1, 9, 70])
+@pytest.mark.parametrize("latent_width", [32, 61])
+def test_threads_that_share_a_long_context_leave_no_trace(heads: int, latent_width: int) -> None:
+    """Rows of several sequences, alone and together: by 1 thread each, by 2 and 5 in pieces of the context or heads."""
+    cache, tables = normal(100, 32, latent_width + 8), torch.randperm(100, generator=seeded()).int().view(2, 50)
+    positions = torch.tensor([1500, 255, 256, 1023, 7, 1599, 300], dtype=torch.int32)
+    row_seq = torch.tensor([0, 0, 0, 0, 1, 1, 1], dtype=torch.int32)
+    latent, rope = normal(7, heads, latent_width, seed=1), normal(7, heads, 8, seed=2)
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_num_threads(threads)
+        parts = [slice(0, 7)] if threads == 1 else [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 7)]
+        results.append(
+            torch.cat(
+                [kernels.mla_attention(latent[p], rope[p], cache, tables, row_seq[p], positions[p], 0.2) for p in parts]
+            )
+        )
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    want = reference.mla_attention(latent.double(), rope.double(), cache.double(), tables, row_seq, positions, 0.2)
+    assert relative_error(results[0], want) < 3e-6
+
+
+@needs_native
 @pytest.mark.parametrize("chunk", [1, 5, 32, 33, 128, 150])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_chunks_in_the_expanded_form_give_the_bits_of_the_whole(chunk: int, threads: int) -> None:
