@@ -205,7 +205,8 @@ def lay_out(
     native.lay_out(
         flat.buffer_info()[0],
         block_tables.data_ptr(),
-        *block_tables.shape,
+        len(ranges),
+        block_tables.shape[1],
         *_addresses(cos_PR, sin_PR),
         num_positions,
         half_rope,

@@ -162,7 +162,7 @@ def decode_message(data: bytes) -> Message:
         raise ProtocolError(f"message of {len(data)} bytes, at most {MAX_MESSAGE_BYTES}")
     try:
         values = msgpack.unpackb(data, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(f"message is not msgpack: {error}") from None
     if not isinstance(values, list) or not values or type(values[0]) is not int:
         raise ProtocolError("message is not a list that begins with a tag")

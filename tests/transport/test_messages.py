@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from transport import messages
@@ -57,6 +57,7 @@ def test_round_trip(message: Message) -> None:
 
 
 @given(st.binary(max_size=200))
+@example(b"\x83\x00\x00\x00\x00\x90\x00")  # a map with a list for a key
 def test_random_bytes_never_crash(data: bytes) -> None:
     with suppress(ProtocolError):
         decode_message(data)
