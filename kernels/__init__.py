@@ -10,7 +10,15 @@ from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, ml
 from kernels.panels import BlockScale, dequantize
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
-from kernels.runtime import force_isa, isa, native_available, native_reason, num_threads, set_num_threads
+from kernels.runtime import (
+    force_isa,
+    isa,
+    native_available,
+    native_reason,
+    native_seconds,
+    num_threads,
+    set_num_threads,
+)
 from kernels.sampling import sample, score
 from kernels.slots import SlotPlan, plan_slots
 
@@ -51,6 +59,7 @@ __all__ = [
     "mla_project",
     "native_available",
     "native_reason",
+    "native_seconds",
     "normed_linear",
     "num_threads",
     "pack_heads",

@@ -19,9 +19,9 @@ class Draw(NamedTuple):
     - `repetition` divides the positive logits of all ids in `tokens` and multiplies the others; `frequency` times its
       count among the output (`tokens` from `num_prompt` on), and `presence`, are subtracted from each id of the output;
     - temperature 0: the best token, the lowest id of equals, and that is all;
-    - logits minus their maximum, divided by `temperature`; of the tokens' weights, exp of that, `min_p` keeps those of
-      at least min_p, `top_k` (0: all) the k best of them (the lower id among equals), `top_p` the shortest run of best
-      tokens whose share of what is left reaches it;
+    - a token's weight is exp((logit - the greatest) / `temperature`); `min_p` keeps those of at least min_p, `top_k`
+      (0: all) the k best of them (the lower id among equals), `top_p` the shortest run of best tokens whose share of
+      what is left reaches it;
     - the inverse of the cumulative distribution of what is left, in the order of ids, at `random` in [0, 1).
 
     Arrays of ids hold int32 ("i"), `bias` doubles.

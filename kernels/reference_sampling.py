@@ -45,8 +45,7 @@ def _sample_row(logits_V: torch.Tensor, draw: Draw) -> int:
         return NO_TOKEN
     if draw.temperature == 0.0:
         return best
-    scores_V = (scores_V - scores_V[best]) / draw.temperature
-    weights_V = np.exp(scores_V)
+    weights_V = np.exp((scores_V - scores_V[best]) / draw.temperature)
     ids = kept_ids(scores_V, weights_V, draw)
     return int(ids[inverse_cumulative(weights_V[ids], draw.random)])
 
@@ -67,7 +66,7 @@ def _adjust(scores_V: Float64s, draw: Draw) -> None:
 
 
 def kept_ids(scores_V: Float64s, weights_V: Float64s, draw: Draw) -> Ids:
-    """The ids that min-p, then top-k, then top-p leave, ascending, at least one. `weights_V` is exp(scores_V)."""
+    """The ids that min-p, then top-k, then top-p leave, ascending, at least one. The higher the score, the higher the weight."""
     ids: Ids = np.flatnonzero(weights_V >= draw.min_p)
     if 0 < draw.top_k < ids.size:
         ids = np.sort(ids[best_ids(scores_V[ids], draw.top_k)])

@@ -55,6 +55,11 @@ def num_threads() -> int:
     return native.num_threads() if _NATIVE else torch.get_num_threads()
 
 
+def native_seconds() -> float:
+    """Time that operations of the C kernels have taken in this process, on the calling threads; 0 without them."""
+    return native.nanoseconds() / 1e9 if _NATIVE else 0.0
+
+
 def runs_native(tensor: torch.Tensor) -> bool:
     """True when an operation on this tensor goes through the C kernels."""
     return _NATIVE and tensor.is_cpu

@@ -3,6 +3,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdatomic.h>
+#include <time.h>
+
 #include "ops.h"
 #include "pool.h"
 
@@ -40,6 +43,15 @@ static PyObject *answer(const char *wrong)
     return NULL;
 }
 
+static _Atomic int64_t nanoseconds; /* spent in operations since the process began */
+
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 /* A Python function whose arguments v[0..] are of `kinds` and whose work is `call`. */
 #define OPERATION(name, kinds, call)                                                            \
     static PyObject *py_##name(PyObject *module, PyObject *const *args, Py_ssize_t num_args)    \
@@ -51,7 +63,9 @@ static PyObject *answer(const char *wrong)
             return NULL;                                                                        \
         Py_BEGIN_ALLOW_THREADS                                                                  \
         pool_enter();                                                                           \
+        const int64_t start = now();                                                            \
         wrong = call;                                                                           \
+        atomic_fetch_add(&nanoseconds, now() - start);                                          \
         pool_leave();                                                                           \
         Py_END_ALLOW_THREADS                                                                    \
         return answer(wrong);                                                                   \
@@ -175,6 +189,13 @@ static PyObject *py_num_threads(PyObject *module, PyObject *none)
     return PyLong_FromLong(pool_num_threads());
 }
 
+static PyObject *py_nanoseconds(PyObject *module, PyObject *none)
+{
+    (void)module;
+    (void)none;
+    return PyLong_FromLongLong(atomic_load(&nanoseconds));
+}
+
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
@@ -184,6 +205,7 @@ static PyMethodDef methods[] = {
     FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(layers), FAST(pack), FAST(advise_huge_pages), FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
+    {"nanoseconds", py_nanoseconds, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -7,7 +7,6 @@
 #include "ops.h"
 #include "pool.h"
 
-#define FIRST_CUT 256       /* tokens that mostly hold the nucleus */
 #define SMALL_WORK (1 << 14) /* logits not worth waking a worker for */
 
 /* One row's workspace. */
@@ -62,20 +61,20 @@ static void sink(const double *scores, int32_t *heap, int64_t n, int64_t at)
     heap[at] = id;
 }
 
-/* The k best of the n ids (NULL: of 0 to n - 1), best first. */
-static void take_best(const double *scores, const int32_t *ids, int64_t n, int64_t k, int32_t *best)
+/* The k best of the ids 0 to n - 1, best first. */
+static void take_best(const double *scores, int64_t n, int64_t k, int32_t *best)
 {
     for (int64_t i = 0; i < k; i++)
-        best[i] = ids ? ids[i] : (int32_t)i;
+        best[i] = (int32_t)i;
     for (int64_t i = k / 2 - 1; i >= 0; i--)
         sink(scores, best, k, i);
-    for (int64_t i = k; k > 0 && i < n; i++) {
-        const int32_t id = ids ? ids[i] : (int32_t)i;
-        if (is_worse(scores, best[0], id)) {
-            best[0] = id;
+    double least = k > 0 ? scores[best[0]] : 0.0;
+    for (int64_t i = k; k > 0 && i < n; i++)
+        if (scores[i] > least) { /* of equals the one that came first stays: its id is lower */
+            best[0] = (int32_t)i;
             sink(scores, best, k, 0);
+            least = scores[best[0]];
         }
-    }
     for (int64_t left = k - 1; left > 0; left--) {
         const int32_t worst = best[0];
         best[0] = best[left];
@@ -128,26 +127,30 @@ static void adjust(const Row *r, const Draw *d)
 
 static int64_t best_id(const Row *r)
 {
+    double top = r->scores[0];
     int64_t best = 0;
     for (int64_t i = 1; i < r->vocab; i++)
-        best = r->scores[i] > r->scores[best] ? i : best;
+        if (r->scores[i] > top) {
+            top = r->scores[i];
+            best = i;
+        }
     return best;
 }
 
-/* The ids that top-k leaves, ascending, and their weights. */
-static int64_t keep_top_k(const Row *r, int64_t top_k)
+/* The ids that top-k leaves, ascending, and their weights. The maximum becomes 0 before the division, so that a small
+   temperature overflows nothing. */
+static int64_t keep_top_k(const Row *r, int64_t top_k, double top, double temperature)
 {
     const int64_t n = top_k > 0 && top_k < r->vocab ? top_k : r->vocab;
     if (n == r->vocab) {
         for (int64_t i = 0; i < n; i++)
             r->ids[i] = (int32_t)i;
-        op_table()->exp_doubles(r->scores, r->weights, n);
-        return n;
+    } else {
+        take_best(r->scores, r->vocab, n, r->best);
+        ascending(r, r->best, n, r->ids);
     }
-    take_best(r->scores, NULL, r->vocab, n, r->best);
-    ascending(r, r->best, n, r->ids);
     for (int64_t i = 0; i < n; i++)
-        r->compact[i] = r->scores[r->ids[i]];
+        r->compact[i] = (r->scores[r->ids[i]] - top) / temperature;
     op_table()->exp_doubles(r->compact, r->compact, n);
     for (int64_t i = 0; i < n; i++)
         r->weights[r->ids[i]] = r->compact[i];
@@ -171,22 +174,50 @@ static double total_weight(const Row *r, int64_t n)
     return total;
 }
 
-/* The shortest run of best ids whose share reaches top_p. */
+static int32_t middle_of(const double *scores, int32_t a, int32_t b, int32_t c)
+{
+    if (is_worse(scores, a, b)) {
+        const int32_t swap = a;
+        a = b;
+        b = swap;
+    }
+    return is_worse(scores, b, c) ? (is_worse(scores, a, c) ? a : c) : b;
+}
+
+/* The shortest run of best ids whose share reaches top_p: those with less than that before them. Instead of sorting,
+   parts the ids at one of them and goes on in the part where the run ends. */
 static int64_t keep_top_p(const Row *r, int64_t n, double top_p)
 {
     const double needed = top_p * total_weight(r, n);
-    for (int64_t cut = FIRST_CUT;; cut *= 16) {
-        const int64_t k = cut < n ? cut : n;
-        double before = 0.0;
-        int64_t kept = 0;
-        take_best(r->scores, r->ids, n, k, r->best);
-        for (; kept < k && before < needed; kept++)
-            before += r->weights[r->best[kept]];
-        if (before >= needed || k == n) {
-            ascending(r, r->best, kept, r->ids);
-            return kept;
+    double before = 0.0; /* of best[0 .. low), all kept */
+    int32_t *best = r->best;
+    int64_t low = 0;
+    memcpy(best, r->ids, n * sizeof(int32_t));
+    for (int64_t high = n; low < high && before < needed;) {
+        const int32_t pivot = middle_of(r->scores, best[low], best[low + (high - low) / 2], best[high - 1]);
+        double better = 0.0;
+        int64_t at = low;
+        for (int64_t i = low; i < high; i++) {
+            const int32_t id = best[i];
+            if (!is_worse(r->scores, pivot, id))
+                continue;
+            better += r->weights[id];
+            best[i] = best[at];
+            best[at++] = id;
         }
+        if (before + better >= needed) {
+            high = at;
+            continue;
+        }
+        for (int64_t i = at; i < high; i++)
+            if (best[i] == pivot)
+                best[i] = best[at];
+        best[at] = pivot;
+        before += better + r->weights[pivot];
+        low = at + 1;
     }
+    ascending(r, best, low, r->ids);
+    return low;
 }
 
 /* The inverse of the cumulative distribution over the first n ids, in their order. */
@@ -217,10 +248,7 @@ static int64_t sample_row(const Row *r, const float *logits, const Draw *d)
         return NO_TOKEN;
     if (d->temperature == 0.0)
         return best;
-    /* The maximum becomes 0 before the division, so that a small temperature overflows nothing. */
-    for (int64_t i = 0; i < r->vocab; i++)
-        r->scores[i] = (r->scores[i] - top) / d->temperature;
-    int64_t n = keep_top_k(r, d->top_k);
+    int64_t n = keep_top_k(r, d->top_k, top, d->temperature);
     if (d->min_p > 0.0)
         n = keep_min_p(r, n, d->min_p);
     if (d->top_p < 1.0)
@@ -281,7 +309,7 @@ static void score_task(const void *argument, int64_t row, void *scratch)
         better += logprobs[i] > mine;
         r.scores[i] = logprobs[i];
     }
-    take_best(r.scores, NULL, s->vocab, k, r.best);
+    take_best(r.scores, s->vocab, k, r.best);
     for (int64_t i = 0; i < k; i++) {
         s->top_ids[row * most + i] = r.best[i];
         s->top_logprobs[row * most + i] = logprobs[r.best[i]];
