@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from mesh_config.mesh import MeshConfig
 from mesh_config.model_config import ModelConfig
@@ -33,7 +33,6 @@ from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
 from moemesh.random_numbers import choice_seed
 from transport import messages
-from transport.control import ControlServer
 from transport.errors import Overloaded as TransportOverloaded
 
 MAX_REQUESTS = 4096
@@ -43,6 +42,14 @@ STALL_SECONDS = 30.0
 _FINISH_REASONS: dict[str | None, FinishReason | None] = {None: None, "stop": "stop", "length": "length"}
 
 logger = logging.getLogger(__name__)
+
+
+class ControlPlane(Protocol):
+    """The frontend's end of the control plane; `ControlServer` is the real one."""
+
+    def send(self, rank: int, message: messages.Message) -> None: ...
+
+    async def receive(self) -> tuple[int, messages.Message]: ...
 
 
 @dataclass(eq=False)
@@ -60,7 +67,7 @@ class Controller:
 
     def __init__(
         self,
-        server: ControlServer,
+        server: ControlPlane,
         *,
         model_config: ModelConfig,
         mesh: MeshConfig,

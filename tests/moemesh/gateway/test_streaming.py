@@ -139,6 +139,21 @@ def test_silence_is_broken_by_comments() -> None:
     run(check())
 
 
+def test_headers_do_not_wait_for_a_first_token_that_takes_long() -> None:
+    async def check() -> None:
+        engine = FakeEngine(gate=asyncio.Semaphore(0))
+        async with serve(engine, headers_after_s=0.01) as served:
+            body = {"prompt": "hi", "stream": True, "max_tokens": 1}
+            async with served.session.post(served.url + "/v1/completions", json=body) as response:
+                assert response.status == 200
+                assert engine.num_outputs == 0
+                assert engine.gate is not None
+                engine.gate.release()
+                assert (await response.text()).endswith("data: [DONE]\n\n")
+
+    run(check())
+
+
 def test_the_port_is_free_when_serving_ends() -> None:
     async def check() -> None:
         async with serve() as served:

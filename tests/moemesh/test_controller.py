@@ -1,0 +1,295 @@
+"""The controller between fake ranks and those who ask: admission, delivery, cancelling, failure, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from mesh_config import even_placement, make_mesh
+from moemesh import controller as controller_module
+from moemesh.controller import Controller
+from moemesh.engine_client import (
+    EngineFailed,
+    GenerationRequest,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    TokenOutput,
+)
+from moemesh.metrics import Metrics
+from moemesh.random_numbers import choice_seed
+from moemesh.sampling_params import SamplingParams
+from tests.moemesh.gateway.fake_engine import model_config
+from transport import messages
+from transport.errors import Overloaded as TransportOverloaded
+
+BLOCKS = 4  # of 32 tokens
+
+
+class FakeRanks:
+    """The control plane without sockets: what the ranks would say is put in, what they are told is kept."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, messages.Message]] = []
+        self.said: asyncio.Queue[tuple[int, messages.Message]] = asyncio.Queue()
+        self.full = False
+
+    def send(self, rank: int, message: messages.Message) -> None:
+        if self.full:
+            raise TransportOverloaded("its queue is full")
+        self.sent.append((rank, message))
+
+    async def receive(self) -> tuple[int, messages.Message]:
+        return await self.said.get()
+
+    async def say(self, *said: messages.Message) -> None:
+        """Each of them has been dealt with when this returns."""
+        for message in said:
+            self.said.put_nowait((0, message))
+        while not self.said.empty():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    def told(self, kind: type[Any]) -> list[Any]:
+        return [message for _, message in self.sent if isinstance(message, kind)]
+
+
+def hello(rank: int, isa: str = "avx2") -> messages.Hello:
+    return messages.Hello(rank=rank, pid=100 + rank, incarnation=0, host="h", num_threads=1, isa=isa)
+
+
+def tokens(request_id: int, position: int, *ids: int, **fields: Any) -> messages.Outputs:
+    item = messages.OutputItem(request_id=request_id, position=position, token_ids=list(ids), **fields)
+    return messages.Outputs(rank=0, items=[item])
+
+
+def request(*prompt: int, choice: int = 0, **params: Any) -> GenerationRequest:
+    return GenerationRequest(prompt_token_ids=prompt or (5, 6), params=SamplingParams(**params), choice=choice)
+
+
+@asynccontextmanager
+async def loading(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRanks]]:
+    """A mesh of ranks that have not said anything yet, each an attention group of its own."""
+    model = model_config()
+    mesh = make_mesh(model, num_ranks=num_ranks, attention_tp=1, max_model_len=512, num_cache_blocks=BLOCKS)
+    placement = even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, num_ranks)
+    ranks = FakeRanks()
+    controller = Controller(
+        ranks, model_config=model, mesh=mesh, placement=placement, metrics=Metrics(), frontend_pid=1
+    )
+    serving = asyncio.create_task(controller.run())
+    try:
+        yield controller, ranks
+    finally:
+        serving.cancel()
+
+
+@asynccontextmanager
+async def ready(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRanks]]:
+    async with loading(num_ranks) as (controller, ranks):
+        for rank in range(num_ranks):
+            await ranks.say(hello(rank), messages.Ready(rank=rank, num_blocks=BLOCKS))
+        yield controller, ranks
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(30):
+            await test
+
+    asyncio.run(limited())
+
+
+async def collect(controller: Controller, asked: GenerationRequest) -> list[TokenOutput]:
+    async with aclosing(controller.generate(asked)) as outputs:
+        return [output async for output in outputs]
+
+
+async def started(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    task = asyncio.create_task(coroutine)
+    await asyncio.sleep(0)
+    return task
+
+
+def test_ranks_get_the_plan_and_requests_are_taken_when_all_are_ready() -> None:
+    async def check() -> None:
+        async with loading(2) as (controller, ranks):
+            await ranks.say(hello(0), messages.Progress(rank=0, stage="loading", done=3, total=9))
+            assert "rank 0: loading 3/9" in controller.status().detail
+            with pytest.raises(NotReady, match="2 of 2 ranks are not up"):
+                await collect(controller, request())
+            await ranks.say(hello(1), messages.Ready(rank=0, num_blocks=1), messages.Ready(rank=1, num_blocks=1))
+            await controller.wait_ready()
+            assert controller.status().ready
+            assert [message.config["num_ranks"] for message in ranks.told(messages.Start)] == [2, 2]
+
+    run(check())
+
+
+def test_ranks_of_different_arithmetic_are_no_mesh() -> None:
+    async def check() -> None:
+        async with loading(2) as (controller, ranks):
+            await ranks.say(hello(0, "avx2"), hello(1, "avx512"))
+            with pytest.raises(EngineFailed, match="differ in their instruction set"):
+                await controller.wait_ready()
+            assert controller.status().state == "failed"
+
+    run(check())
+
+
+def test_tokens_come_once_and_in_order() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = await started(collect(controller, request(7, 8, 9, max_tokens=4)))
+            (submit,) = ranks.told(messages.Submit)
+            assert (submit.prompt, submit.params["max_tokens"]) == ([7, 8, 9], 4)
+            await ranks.say(tokens(1, 3, 20, cached_tokens=2), tokens(1, 4, 21, 22), tokens(99, 0, 1))
+            # A rank that starts the request again says known tokens again: only the new one counts.
+            await ranks.say(tokens(1, 3, 20, 21, 22, 23, finish_reason="length"))
+            outputs = await asked
+            assert [token for output in outputs for token in output.token_ids] == [20, 21, 22, 23]
+            assert (outputs[0].cached_tokens, outputs[-1].finish_reason) == (2, "length")
+            assert controller.num_requests == 0
+            assert not ranks.told(messages.Cancel)
+
+    run(check())
+
+
+def test_a_stop_token_is_named_and_logprobs_are_read() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=4, logprobs=1)))
+            await ranks.say(tokens(1, 2, 20, finish_reason="stop", logprobs=[[20, -0.5, 1, [20], [-0.5]]]))
+            (output,) = await asked
+            assert output.stop_token == 20
+            assert output.logprobs is not None
+            assert (output.logprobs[0].token_id, output.logprobs[0].top_ids) == (20, (20,))
+
+    run(check())
+
+
+def test_each_choice_has_its_seed_and_the_longest_answer_that_fits() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            requests = [request(seed=7, choice=choice, max_tokens=None) for choice in (0, 1)]
+            asked = [await started(collect(controller, asking)) for asking in requests]
+            submits = ranks.told(messages.Submit)
+            assert [submit.params["seed"] for submit in submits] == [choice_seed(7, 0), choice_seed(7, 1)]
+            # What the cache holds beside the two tokens of the prompt, and one more, which is never cached.
+            assert {submit.params["max_tokens"] for submit in submits} == {BLOCKS * 32 - 2 + 1}
+            for task in asked:
+                task.cancel()
+
+    run(check())
+
+
+def test_requests_go_to_the_group_with_the_least_to_do() -> None:
+    async def check() -> None:
+        async with ready(2) as (controller, ranks):
+            asked = [await started(collect(controller, request(max_tokens=count))) for count in (50, 10, 10)]
+            assert [rank for rank, message in ranks.sent if isinstance(message, messages.Submit)] == [0, 1, 1]
+            for task in asked:
+                task.cancel()
+
+    run(check())
+
+
+def test_who_leaves_early_is_cancelled_at_the_rank() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            stream = controller.generate(request(max_tokens=9))
+            first = await started(anext(stream))
+            await ranks.say(tokens(1, 2, 20))
+            assert (await first).token_ids == [20]
+            await stream.aclose()
+            assert ranks.told(messages.Cancel) == [messages.Cancel(request_id=1)]
+            assert controller.num_requests == 0
+            await ranks.say(tokens(1, 3, 21))  # they crossed: nobody is there to take it
+
+    run(check())
+
+
+@pytest.mark.parametrize(("refused", "kind"), [(True, InvalidRequest), (False, EngineFailed)])
+def test_what_a_rank_cannot_compute_ends_with_its_reason(refused: bool, kind: type[Exception]) -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = await started(collect(controller, request()))
+            await ranks.say(tokens(1, 0, error="too long for the cache", refused=refused))
+            with pytest.raises(kind, match="too long for the cache"):
+                await asked
+            assert controller.num_requests == 0
+
+    run(check())
+
+
+def test_a_rank_that_takes_no_messages_refuses_the_request() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            ranks.full = True
+            with pytest.raises(Overloaded, match="takes no more requests now"):
+                await collect(controller, request())
+            assert controller.num_requests == 0
+
+    run(check())
+
+
+def test_a_failed_rank_ends_every_stream() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = [await started(collect(controller, request())) for _ in range(2)]
+            await ranks.say(messages.Failed(rank=0, error="out of memory"))
+            for task in asked:
+                with pytest.raises(EngineFailed, match="rank 0: out of memory"):
+                    await task
+            with pytest.raises(NotReady):
+                await collect(controller, request())
+            await controller.wait_failed()
+            assert controller.mesh()["ranks"][0]["state"] == "dead"
+
+    run(check())
+
+
+def test_a_mesh_in_which_no_token_moves_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        async with ready() as (controller, _):
+            asked = await started(collect(controller, request()))
+            assert controller.status().ready
+            monkeypatch.setattr(controller_module, "STALL_SECONDS", -1.0)
+            status = controller.status()
+            assert (status.state, status.ready) == ("ready", False)
+            assert "1 requests in flight, but no step" in status.detail
+            asked.cancel()
+
+    run(check())
+
+
+def test_draining_lets_requests_finish_and_takes_no_new_ones() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=1)))
+            draining = await started(controller.drain(timeout=20))
+            assert controller.status().state == "draining"
+            with pytest.raises(NotReady, match="draining 1 requests"):
+                await collect(controller, request())
+            await ranks.say(tokens(1, 2, 20, finish_reason="length"))
+            assert await draining == 0
+            assert (await asked)[0].token_ids == [20]
+            controller.stop_ranks()
+            assert ranks.told(messages.Stop) == [messages.Stop()]
+
+    run(check())
+
+
+def test_who_does_not_finish_while_draining_is_told() -> None:
+    async def check() -> None:
+        async with ready() as (controller, _):
+            asked = await started(collect(controller, request()))
+            assert await controller.drain(timeout=0.01) == 1
+            with pytest.raises(EngineFailed, match="shutting down"):
+                await asked
+
+    run(check())
