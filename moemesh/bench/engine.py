@@ -1,8 +1,8 @@
 """`moemesh bench engine`: prefill and decode of a real mesh, without HTTP, beside what the machine could do.
 
 A case is a number of sequences and a length of prompt. Prefill: all prompts are sent at once and ask for one token;
-the time is until the last of them has it. Decode: all are sent at once again (other ids, so that nothing is known), and
-steps are timed while every one of them generates.
+the time is until the last of them has it. Decode: the same are sent at once again, what the prefix cache has of them is
+not computed twice, and steps are timed while every one of them generates.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ async def _measure(
     async with started_mesh(options.engine_options(), plan, Metrics()) as controller:
         await show_loading(controller)
         engine = _Engine(controller, draw)
-        await engine.prefill(1, cases[0].prompt_tokens)  # makes what is made at first use
+        await engine.prefill(engine.prompts(1, cases[0].prompt_tokens))  # makes what is made at first use
         for case in cases:
             before = probe.measure()
             runs = [await engine.run(case) for _ in range(options.repeats)]
@@ -127,8 +127,9 @@ class _Engine:
         self._routed = self._load()
 
     async def run(self, case: Case) -> Run:
-        prefill_seconds = await self.prefill(case.batch_size, case.prompt_tokens)
-        window = await self.decode(case)
+        prompts = self.prompts(case.batch_size, case.prompt_tokens)
+        prefill_seconds = await self.prefill(prompts)
+        window = await self.decode(case, prompts)
         return Run(
             prefill_tokens_per_s=case.batch_size * case.prompt_tokens / prefill_seconds,
             decode_tokens_per_s=window.tokens_per_s,
@@ -136,17 +137,17 @@ class _Engine:
             routed=await self._take_routed(),
         )
 
-    async def prefill(self, batch_size: int, prompt_tokens: int) -> float:
+    async def prefill(self, prompts: Sequence[tuple[int, ...]]) -> float:
         """Seconds until every prompt has its first token."""
-        window = DecodeWindow(batch_size, 1)
+        window = DecodeWindow(len(prompts), 1)
         started = time.perf_counter()
-        await self._burst(self._prompts(batch_size, prompt_tokens), 1, window)
+        await self._burst(prompts, 1, window)
         return time.perf_counter() - started
 
-    async def decode(self, case: Case) -> DecodeWindow:
+    async def decode(self, case: Case, prompts: Sequence[tuple[int, ...]]) -> DecodeWindow:
         """The closed window."""
         window = DecodeWindow(case.batch_size, case.decode_steps)
-        await self._burst(self._prompts(case.batch_size, case.prompt_tokens), case.room, window)
+        await self._burst(prompts, case.room, window)
         if not window.closed:
             raise ConfigError(
                 f"sequences ended after {case.room} tokens before all had generated {case.decode_steps} together: "
@@ -154,7 +155,8 @@ class _Engine:
             )
         return window
 
-    def _prompts(self, batch_size: int, prompt_tokens: int) -> list[tuple[int, ...]]:
+    def prompts(self, batch_size: int, prompt_tokens: int) -> list[tuple[int, ...]]:
+        """Of random ids, never the same twice."""
         vocab = range(self._controller.model_config.vocab_size)
         return [tuple(self._draw.choices(vocab, k=prompt_tokens)) for _ in range(batch_size)]
 
