@@ -122,7 +122,7 @@ static void score_keys(const Bundle *b, const float *const *keys, const float *c
 {
     if (b->lanes == PANEL) {
         Tile t = {.rows = keys, .count = b->width, .weights = (const uint8_t *)b->query, .acc = b->scores,
-                  .acc_stride = PANEL, .first = 1};
+                  .acc_stride = PANEL, .first = 1, .ahead = (const uint8_t *)b->query};
         run_tiles(KIND_F32, t, num_keys);
         return;
     }

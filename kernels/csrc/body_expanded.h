@@ -6,7 +6,7 @@ typedef struct {
     const Expanded *expanded;
     const AttentionTile *tile;
     int64_t key_width, out_width;
-    float *keys, *values, *product; /* [SPAN][key_width], [SPAN][out_width], [SPAN][PANEL] */
+    float *keys, *values, *product; /* [SPAN][key_width], [SPAN][out_width], scratch of panel_gemm */
     float *scores, *first;          /* first: the bundles' memory */
 } Expansion;
 
@@ -17,7 +17,7 @@ static Expansion open_expansion(const Expanded *e, const AttentionTile *tile, fl
     x.keys = scratch;
     x.values = x.keys + SPAN * x.key_width;
     x.product = x.values + SPAN * x.out_width;
-    x.scores = x.product + SPAN * PANEL;
+    x.scores = x.product + expanded_product(e);
     x.first = x.scores + SPAN * PANEL;
     return x;
 }
@@ -37,9 +37,11 @@ static void expand(const Expansion *x, const Matrix *matrix, int64_t head_bytes,
     m.panels += x->tile->head * head_bytes;
     for (int64_t column = 0; column < m.num_out; column += PANEL) {
         const int64_t left = m.num_out - column;
-        panel_gemm(&m, column / PANEL, latents, num_keys, x->product, NULL);
-        for (int64_t j = 0; j < num_keys; j++)
-            memcpy(to + j * stride + column, x->product + j * PANEL, (left < PANEL ? left : PANEL) * sizeof(float));
+        const Panels panel = {&m, 1, column / PANEL, 1};
+        const float *product = x->product;
+        panel_gemm(&panel, latents, num_keys, x->product);
+        for (int64_t j = 0; j < num_keys; j++, product += gemm_stride(&panel))
+            memcpy(to + j * stride + column, product, (left < PANEL ? left : PANEL) * sizeof(float));
     }
 }
 

@@ -1,20 +1,21 @@
 /* Matrix products over panels. Each output element is one chain of fused multiply-adds over k in ascending order,
    whatever the number of rows, so a row's result does not depend on its company. */
 
-#define K_BLOCK 512 /* k per pass over the rows: the slice of the panel stays in the L1/L2 cache */
-#define KIND_STRIDED NUM_KINDS /* float32 whose rows lie `stride` floats apart: the cache in attention */
+#define SLICE 512           /* k per pass over many rows: so much of a panel stays in the L1 or L2 cache */
 #define PREFETCH_BYTES 2048
 
 typedef struct {
     const float *const *rows;
     int64_t k, count; /* first k and how many */
     const uint8_t *weights; /* at k */
-    int64_t stride; /* floats, KIND_STRIDED only */
     float *acc;
     int64_t acc_stride;
     int first; /* start from zero rather than from acc */
     const float *scale;
     int64_t scale_width;
+    int64_t num_waiting, slot; /* so many finished sums, `slot` floats apart before acc, are to be added to this one */
+    const uint8_t *ahead; /* what to prefetch meanwhile, ahead_step bytes for each k */
+    int64_t ahead_step;
 } Tile;
 typedef void (*TileFunction)(const Tile *t);
 
@@ -35,21 +36,40 @@ INLINE void load_pair(const int kind, const uint8_t *w, int strip, vf *low, vf *
     }
 }
 
-INLINE int64_t weight_step(const int kind, const Tile *t)
+/* Bytes of one k of a panel. */
+INLINE int64_t weight_step(const int64_t kind)
 {
-    if (kind == KIND_STRIDED)
-        return t->stride * 4;
     return PANEL * (kind == KIND_F32 ? 4 : kind == KIND_FP8 ? 1 : 2);
 }
 
 /* fp8: the sum over one scale block joins the result by one multiplication with the scale (256: see load_fp8). */
-INLINE void finish(const int kind, const Tile *t, float *place, int column, vf value)
+INLINE void finish(const int scaled, const Tile *t, float *place, int column, vf value)
 {
-    if (kind == KIND_FP8) {
+    if (scaled) {
         vf scale = t->scale_width == 1 ? splat(t->scale[0]) : load(t->scale + column);
         value = fused(value, scale * splat(256.0f), t->first ? splat(0.0f) : load(place));
     }
+    for (int64_t i = 0; i < t->num_waiting; i++) {
+        place -= t->slot;
+        value = load(place) + value;
+    }
     store(place, value);
+}
+
+/* One k of a tile. */
+INLINE void tile_step(const int kind, const int rows, const int strips, const uint8_t *w, int strip,
+                      const float *const *x, int64_t k, vf acc[MAX_TILE_ROWS][4][2])
+{
+    vf low[4], high[4];
+    for (int s = 0; s < strips; s++)
+        load_pair(kind, w, strip + s, &low[s], &high[s]);
+    for (int r = 0; r < rows; r++) {
+        vf factor = splat(x[r][k]);
+        for (int s = 0; s < strips; s++) {
+            acc[r][s][0] = fused(factor, low[s], acc[r][s][0]);
+            acc[r][s][1] = fused(factor, high[s], acc[r][s][1]);
+        }
+    }
 }
 
 /* `rows` rows times `strips` pairs of vectors, the accumulators in registers. */
@@ -57,7 +77,8 @@ INLINE void tile_pass(const int kind, const int rows, const int strips, const Ti
 {
     vf acc[MAX_TILE_ROWS][4][2];
     const float *x[MAX_TILE_ROWS];
-    const int resume = kind != KIND_FP8 && !t->first;
+    const int scaled = kind == KIND_FP8, resume = !scaled && !t->first;
+    const int plain = !scaled && t->num_waiting == 0;
     for (int r = 0; r < rows; r++) {
         x[r] = t->rows[r] + t->k;
         for (int s = 0; s < strips; s++) {
@@ -66,31 +87,24 @@ INLINE void tile_pass(const int kind, const int rows, const int strips, const Ti
             acc[r][s][1] = resume ? load(place + 16) : splat(0.0f);
         }
     }
-    const uint8_t *w = t->weights;
-    const int64_t step = weight_step(kind, t), count = t->count;
-    for (int64_t k = 0; k < count; k++, w += step) {
-        if (rows <= 4 && strip == 0) {
-            __builtin_prefetch(w + PREFETCH_BYTES, 0, 3);
-            if (kind == KIND_F32)
-                __builtin_prefetch(w + PREFETCH_BYTES + 64, 0, 3);
-        }
-        vf low[4], high[4];
-        for (int s = 0; s < strips; s++)
-            load_pair(kind, w, strip + s, &low[s], &high[s]);
-        for (int r = 0; r < rows; r++) {
-            vf factor = splat(x[r][k]);
-            for (int s = 0; s < strips; s++) {
-                acc[r][s][0] = fused(factor, low[s], acc[r][s][0]);
-                acc[r][s][1] = fused(factor, high[s], acc[r][s][1]);
-            }
-        }
+    const uint8_t *w = t->weights, *ahead = t->ahead;
+    const int64_t step = weight_step(kind), count = t->count;
+    for (int64_t k = 0; k < count; k++, w += step, ahead += t->ahead_step) {
+        if (strip == 0)
+            __builtin_prefetch(ahead, 0, 3);
+        tile_step(kind, rows, strips, w, strip, x, k, acc);
     }
     for (int r = 0; r < rows; r++)
         for (int s = 0; s < strips; s++) {
             int column = (strip + s) * VL;
             float *place = t->acc + r * t->acc_stride + column;
-            finish(kind, t, place, column, acc[r][s][0]);
-            finish(kind, t, place + 16, column + 16, acc[r][s][1]);
+            if (plain) {
+                store(place, acc[r][s][0]);
+                store(place + 16, acc[r][s][1]);
+                continue;
+            }
+            finish(scaled, t, place, column, acc[r][s][0]);
+            finish(scaled, t, place + 16, column + 16, acc[r][s][1]);
         }
 }
 
@@ -113,52 +127,96 @@ EACH_ROWS(DEFINE_TILE, KIND_F32)
 EACH_ROWS(DEFINE_TILE, KIND_BF16)
 EACH_ROWS(DEFINE_TILE, KIND_F16)
 EACH_ROWS(DEFINE_TILE, KIND_FP8)
-EACH_ROWS(DEFINE_TILE, KIND_STRIDED)
 
-static const TileFunction tiles[NUM_KINDS + 1][MAX_TILE_ROWS] = {
+static const TileFunction tiles[NUM_KINDS][MAX_TILE_ROWS] = {
     {EACH_ROWS(NAME_TILE, KIND_F32)},
     {EACH_ROWS(NAME_TILE, KIND_BF16)},
     {EACH_ROWS(NAME_TILE, KIND_F16)},
     {EACH_ROWS(NAME_TILE, KIND_FP8)},
-    {EACH_ROWS(NAME_TILE, KIND_STRIDED)},
 };
 
 /* Runs one tile description over num_rows rows, in blocks of nearly equal size. */
 static void run_tiles(int64_t kind, Tile t, int64_t num_rows)
 {
     int64_t num_blocks = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    t.ahead_step /= num_blocks; /* the prefetches are spread over all of them */
     for (int64_t block = 0; block < num_blocks; block++) {
         int64_t rows = num_rows / num_blocks + (block < num_rows % num_blocks);
         tiles[kind][rows - 1](&t);
         t.rows += rows;
         t.acc += rows * t.acc_stride;
+        t.ahead += t.count * t.ahead_step;
     }
 }
 
-/* acc[num_rows][32] = rows times one panel. K is cut in num_shards pieces whose sums are added in a balanced binary
-   tree by a binary counter: `stack` holds log2(num_shards) sums that wait for their right-hand neighbour. */
-static void panel_gemm(const Matrix *m, int64_t panel, const float *const *rows, int64_t num_rows, float *acc,
-                       float *stack)
+/* A stretch of k that is summed in one go. K is cut in num_shards pieces whose sums are added in a balanced binary
+   tree by a binary counter: `depth` finished sums wait while a piece is summed up, and num_waiting of them are added
+   to it at its end. */
+typedef struct {
+    int64_t k, end, first, depth, num_waiting, block;
+} Stretch;
+
+static int next_stretch(const Matrix *m, int64_t longest, Stretch *s)
 {
-    static const int64_t bytes[NUM_KINDS] = {4, 2, 2, 1};
-    const int64_t piece = m->num_in / m->num_shards, size = num_rows * PANEL;
-    int64_t depth = 0;
-    for (int64_t k = 0, end; k < m->num_in; k = end) {
-        const int64_t piece_end = (k / piece + 1) * piece;
-        const int64_t block = m->kind == KIND_FP8 ? (k + m->block_phase) / m->block_cols : 0;
-        end = m->kind == KIND_FP8 ? (block + 1) * m->block_cols - m->block_phase : k + K_BLOCK;
-        end = end < piece_end ? end : piece_end;
-        Tile t = {rows, k, end - k, m->panels + panel * m->panel_stride + k * PANEL * bytes[m->kind], 0, acc, PANEL,
-                  k % piece == 0, m->scales + panel * m->scale_stride + block * m->scale_width, m->scale_width};
-        run_tiles(m->kind, t, num_rows);
-        if (end != piece_end || m->num_shards == 1)
-            continue;
-        for (int64_t counter = end / piece; counter % 2 == 0; counter /= 2) {
-            depth--;
-            for (int64_t i = 0; i < size; i += VL)
-                store(acc + i, load(stack + depth * size + i) + load(acc + i));
+    if (s->end == m->num_in)
+        return 0;
+    const int64_t piece = m->num_in / m->num_shards, index = s->end / piece, piece_end = (index + 1) * piece;
+    s->k = s->end;
+    s->first = s->k % piece == 0;
+    s->block = m->kind == KIND_FP8 ? (s->k + m->block_phase) / m->block_cols : 0;
+    const int64_t block_end = m->kind == KIND_FP8 ? (s->block + 1) * m->block_cols - m->block_phase : piece_end;
+    s->end = s->k + longest < piece_end ? s->k + longest : piece_end;
+    s->end = block_end < s->end ? block_end : s->end;
+    s->depth = __builtin_popcountll(index);
+    s->num_waiting = s->end == piece_end ? __builtin_ctzll(index + 1) : 0;
+    return 1;
+}
+
+static Tile tile_of(const Panels *p, int64_t column, const Stretch *s, int64_t num_rows, float *acc)
+{
+    const Matrix *m = p->matrices + column % p->num_matrices;
+    const int64_t panel = p->first + column / p->num_matrices;
+    Tile t = {.k = s->k, .count = s->end - s->k, .acc_stride = gemm_stride(p), .first = (int)s->first};
+    t.weights = m->panels + panel * m->panel_stride + s->k * weight_step(m->kind);
+    t.slot = num_rows * t.acc_stride;
+    t.acc = acc + s->depth * t.slot + column * PANEL;
+    t.scale = m->kind == KIND_FP8 ? m->scales + panel * m->scale_stride + s->block * m->scale_width : NULL;
+    t.scale_width = m->scale_width;
+    t.num_waiting = s->num_waiting;
+    return t;
+}
+
+/* Many rows: a slice of a panel stays in the L1 cache for all of them, and the next one is fetched meanwhile. */
+static void gemm_by_slices(const Panels *p, const float *const *rows, int64_t num_rows, float *acc)
+{
+    const Matrix *m = p->matrices;
+    const int64_t num_columns = p->count * p->num_matrices;
+    for (Stretch s = {0}; next_stretch(m, SLICE, &s);)
+        for (int64_t column = 0; column < num_columns; column++) {
+            Tile t = tile_of(p, column, &s, num_rows, acc);
+            Stretch next = s;
+            t.rows = rows;
+            t.ahead = t.weights;
+            t.ahead_step = weight_step(m->kind);
+            if (column + 1 < num_columns || next_stretch(m, SLICE, &next))
+                t.ahead = tile_of(p, (column + 1) % num_columns, &next, num_rows, acc).weights;
+            run_tiles(m->kind, t, num_rows);
         }
-        if (end != m->num_in)
-            memcpy(stack + depth++ * size, acc, size * sizeof(float));
+}
+
+/* acc[num_rows][gemm_stride] = rows times panels, see Panels. */
+static void panel_gemm(const Panels *p, const float *const *rows, int64_t num_rows, float *acc)
+{
+    if (num_rows > MAX_TILE_ROWS) {
+        gemm_by_slices(p, rows, num_rows, acc);
+        return;
     }
+    for (int64_t column = 0; column < p->count * p->num_matrices; column++)
+        for (Stretch s = {0}; next_stretch(p->matrices, p->matrices->num_in, &s);) {
+            Tile t = tile_of(p, column, &s, num_rows, acc);
+            t.rows = rows;
+            t.ahead = t.weights + PREFETCH_BYTES;
+            t.ahead_step = weight_step(p->matrices->kind);
+            tiles[p->matrices->kind][num_rows - 1](&t);
+        }
 }

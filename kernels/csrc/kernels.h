@@ -32,6 +32,13 @@ typedef struct {
     int64_t num_experts, data_stride /* bytes */, scale_stride /* floats */;
 } Experts;
 
+/* Panels [first, first + count) of each of num_matrices matrices that differ in their weights alone, one of each in
+   turn (gate and up, as they lie in memory): the columns of one product. */
+typedef struct {
+    const Matrix *matrices;
+    int64_t num_matrices, first, count;
+} Panels;
+
 /* One layer of multi-head latent attention on one rank (kernels/mla.py fills it, same order). Without query_down the
    query is the hidden state itself; biases may be NULL. */
 typedef struct {
@@ -177,8 +184,7 @@ typedef struct {
 /* The leaf functions that exist once per instruction set. All variants give the same bits. */
 typedef struct {
     const char *name;
-    void (*panel_gemm)(const Matrix *m, int64_t panel, const float *const *rows, int64_t num_rows, float *acc,
-                       float *stack);
+    void (*panel_gemm)(const Panels *p, const float *const *rows, int64_t num_rows, float *acc);
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*log_softmax)(const float *x, float *y, int64_t n);
@@ -194,8 +200,20 @@ typedef struct {
     void (*attend_expanded)(const Expanded *e, const AttentionTile *tile, float *scratch); /* one head */
 } KernelTable;
 
-/* Floats of scratch that route and attend need. */
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* Scratch of panel_gemm: the result, its rows gemm_stride floats apart (not a power of two, so that they do not fall
+   into the same sets of a cache); where K is cut in shards, as much again for each level of their tree. */
+static inline int64_t gemm_stride(const Panels *p) { return p->num_matrices * p->count * PANEL + 16; }
+static inline int64_t gemm_scratch(const Panels *p, int64_t num_rows)
+{
+    int64_t levels = 1;
+    for (int64_t shards = p->matrices->num_shards; shards > 1; shards /= 2)
+        levels++;
+    return levels * num_rows * gemm_stride(p);
+}
+
+/* Floats of scratch that route and attend need. */
 static inline int64_t route_scratch(int64_t num_experts) { return 4 * round_up(num_experts, 16); }
 
 #define SPAN 128      /* keys that a query takes in at a time, from a multiple of SPAN on */
@@ -219,10 +237,11 @@ static inline int64_t attend_scratch(const Attention *a)
            bundle_scratch(TILE_LINES, a->latent_width + a->rope_width, out_width);
 }
 static inline int64_t expanded_width(const Expanded *e) { return round_up(e->value->num_out, PANEL); }
+static inline int64_t expanded_product(const Expanded *e) { return gemm_scratch(&(Panels){e->key, 1, 0, 1}, SPAN); }
 static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)
 {
     const int64_t key_width = e->key->num_out + e->rope_width;
-    return SPAN * (key_width + expanded_width(e) + 2 * PANEL) +
+    return SPAN * (key_width + expanded_width(e) + PANEL) + expanded_product(e) +
            bundle_scratch(round_up(rows, PANEL), key_width, expanded_width(e));
 }
 

@@ -5,21 +5,36 @@
 #include "pool.h"
 
 #define SMALL_WORK (1 << 16) /* multiply-adds (and, by the same number, weights) not worth waking a worker for */
-
-static int64_t stack_floats(const Matrix *m)
-{
-    int64_t depth = 0;
-    while (((int64_t)1 << depth) < m->num_shards)
-        depth++;
-    return depth * ROW_CHUNK * PANEL;
-}
+#define MOST_PANELS 8        /* panels of one task */
+#define TASKS_PER_THREAD 16  /* where there are as many panels */
 
 static int is_small(int64_t num_rows, int64_t num_weights) { return num_rows * num_weights <= SMALL_WORK; }
 
-static void store_columns(const float *acc, int64_t num_rows, float *out, int64_t stride, int64_t columns)
+/* Panels of one task: enough that rows are written in long pieces and that few tasks are claimed, as long as there
+   are tasks for all threads. */
+static int64_t panels_at_once(int64_t num_panels, int64_t num_units, int64_t most)
 {
-    for (int64_t r = 0; r < num_rows; r++)
-        memcpy(out + r * stride, acc + r * PANEL, (columns < PANEL ? columns : PANEL) * sizeof(float));
+    const int64_t fair = num_panels * num_units / (TASKS_PER_THREAD * pool_num_threads());
+    const int64_t at_once = fair < 1 ? 1 : fair < most ? fair : most;
+    return at_once < num_panels ? at_once : num_panels;
+}
+
+/* Group `index` of panels, at_once each. */
+static Panels group_of(const Matrix *m, int64_t num_matrices, int64_t index, int64_t at_once)
+{
+    const int64_t left = (m->num_out + PANEL - 1) / PANEL - index * at_once;
+    return (Panels){m, num_matrices, index * at_once, left < at_once ? left : at_once};
+}
+
+static int64_t num_groups(const Matrix *m, int64_t at_once)
+{
+    return ((m->num_out + PANEL - 1) / PANEL + at_once - 1) / at_once;
+}
+
+static void store_row(const Panels *p, const float *acc, float *out)
+{
+    const int64_t left = p->matrices->num_out - p->first * PANEL, have = p->count * PANEL;
+    memcpy(out + p->first * PANEL, acc, (left < have ? left : have) * sizeof(float));
 }
 
 /* One product per head; a plain linear layer is the case of one head. */
@@ -27,25 +42,24 @@ typedef struct {
     const Matrix *matrix;
     const float *x;
     float *y;
-    int64_t num_heads, head_bytes, row_stride, head_stride, num_rows, num_panels, num_chunks;
+    int64_t num_heads, head_bytes, row_stride, head_stride, num_rows, at_once, num_groups, num_chunks;
 } Product;
 
 static void product_task(const void *argument, int64_t index, void *scratch)
 {
     const Product *p = argument;
     const int64_t chunk = index % p->num_chunks, unit = index / p->num_chunks;
-    const int64_t panel = unit % p->num_panels, head = unit / p->num_panels;
+    const int64_t group = unit % p->num_groups, head = unit / p->num_groups;
     const int64_t start = p->num_rows * chunk / p->num_chunks, stop = p->num_rows * (chunk + 1) / p->num_chunks;
-    const int64_t num_out = p->matrix->num_out, out_stride = p->num_heads * num_out;
-    const float *rows[ROW_CHUNK];
-    float *acc = scratch;
+    const float *rows[ROW_CHUNK], *acc = scratch;
     Matrix m = *p->matrix;
     m.panels += head * p->head_bytes;
+    const Panels panels = group_of(&m, 1, group, p->at_once);
     for (int64_t r = start; r < stop; r++)
         rows[r - start] = p->x + r * p->row_stride + head * p->head_stride;
-    op_table()->panel_gemm(&m, panel, rows, stop - start, acc, acc + ROW_CHUNK * PANEL);
-    store_columns(acc, stop - start, p->y + start * out_stride + head * num_out + panel * PANEL, out_stride,
-                  num_out - panel * PANEL);
+    op_table()->panel_gemm(&panels, rows, stop - start, scratch);
+    for (int64_t r = start; r < stop; r++, acc += gemm_stride(&panels))
+        store_row(&panels, acc, p->y + (r * p->num_heads + head) * m.num_out);
 }
 
 const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
@@ -53,11 +67,15 @@ const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, con
 {
     if (num_rows == 0)
         return NULL;
-    if (pool_reserve((ROW_CHUNK * PANEL + stack_floats(m)) * (int64_t)sizeof(float)) != 0)
-        return out_of_memory;
     Product p = {m, x, y, num_heads, head_bytes, row_stride, head_stride, num_rows,
-                 (m->num_out + PANEL - 1) / PANEL, (num_rows + ROW_CHUNK - 1) / ROW_CHUNK};
-    pool_run(product_task, &p, num_heads * p.num_panels * p.num_chunks,
+                 .num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK};
+    p.at_once = panels_at_once((m->num_out + PANEL - 1) / PANEL, num_heads * p.num_chunks, MOST_PANELS);
+    p.num_groups = num_groups(m, p.at_once);
+    const Panels panels = group_of(m, 1, 0, p.at_once);
+    const int64_t most_rows = num_rows < ROW_CHUNK ? num_rows : ROW_CHUNK;
+    if (pool_reserve(gemm_scratch(&panels, most_rows) * (int64_t)sizeof(float)) != 0)
+        return out_of_memory;
+    pool_run(product_task, &p, num_heads * p.num_groups * p.num_chunks,
              is_small(num_rows, num_heads * m->num_out * m->num_in));
     return NULL;
 }
@@ -76,25 +94,25 @@ typedef struct {
     float *middle, *y;
     int64_t *offsets, *busy, *starts; /* [E + 1], [E], [E + 1] */
     int32_t *order;                   /* [S] slot at each place of the sorted order */
-    int64_t num_panels, num_busy, width;
+    int64_t at_once, num_groups, num_busy, width;
 } Ffn;
 
 typedef struct {
-    int64_t expert, panel, first, count; /* places [first, first + count) */
+    int64_t expert, group, first, count; /* places [first, first + count) */
 } FfnTask;
 
 static FfnTask locate(const Ffn *f, int64_t index)
 {
     int64_t low = 0, high = f->num_busy;
-    while (high - low > 1) { /* tasks of an expert lie together: its panels, and within a panel its chunks */
+    while (high - low > 1) { /* tasks of an expert lie together: its groups of panels, and within one its chunks */
         int64_t middle = (low + high) / 2;
-        if (f->starts[middle] * f->num_panels <= index)
+        if (f->starts[middle] * f->num_groups <= index)
             low = middle;
         else
             high = middle;
     }
     const int64_t expert = f->busy[low], chunks = f->starts[low + 1] - f->starts[low];
-    const int64_t within = index - f->starts[low] * f->num_panels, chunk = within % chunks;
+    const int64_t within = index - f->starts[low] * f->num_groups, chunk = within % chunks;
     const int64_t slots = f->offsets[expert + 1] - f->offsets[expert];
     const int64_t start = slots * chunk / chunks, stop = slots * (chunk + 1) / chunks;
     return (FfnTask){expert, within / chunks, f->offsets[expert] + start, stop - start};
@@ -114,32 +132,31 @@ static void up_task(const void *argument, int64_t index, void *scratch)
 {
     const Ffn *f = argument;
     const FfnTask t = locate(f, index);
-    const float *rows[ROW_CHUNK];
-    float *gate_acc = scratch, *up_acc = gate_acc + ROW_CHUNK * PANEL, *stack = up_acc + ROW_CHUNK * PANEL;
-    const Matrix gate = of_expert(f->experts, &f->experts->gate, t.expert);
-    const Matrix up = of_expert(f->experts, &f->experts->up, t.expert);
+    const float *rows[ROW_CHUNK], *acc = scratch;
+    const Matrix both[] = {of_expert(f->experts, &f->experts->gate, t.expert),
+                           of_expert(f->experts, &f->experts->up, t.expert)};
+    const Panels panels = group_of(both, 2, t.group, f->at_once);
     for (int64_t i = 0; i < t.count; i++)
-        rows[i] = f->x + row_of(f->slots, f->order[t.first + i]) * up.num_in;
-    op_table()->panel_gemm(&gate, t.panel, rows, t.count, gate_acc, stack);
-    op_table()->panel_gemm(&up, t.panel, rows, t.count, up_acc, stack);
-    for (int64_t i = 0; i < t.count; i++)
-        op_table()->swiglu(gate_acc + i * PANEL, up_acc + i * PANEL,
-                           f->middle + (t.first + i) * f->width + t.panel * PANEL, PANEL);
+        rows[i] = f->x + row_of(f->slots, f->order[t.first + i]) * both->num_in;
+    op_table()->panel_gemm(&panels, rows, t.count, scratch);
+    for (int64_t i = 0; i < t.count; i++, acc += gemm_stride(&panels))
+        for (int64_t j = 0; j < panels.count; j++)
+            op_table()->swiglu(acc + 2 * j * PANEL, acc + (2 * j + 1) * PANEL,
+                               f->middle + (t.first + i) * f->width + (panels.first + j) * PANEL, PANEL);
 }
 
 static void down_task(const void *argument, int64_t index, void *scratch)
 {
     const Ffn *f = argument;
     const FfnTask t = locate(f, index);
-    const float *rows[ROW_CHUNK];
-    float *acc = scratch;
+    const float *rows[ROW_CHUNK], *acc = scratch;
     const Matrix down = of_expert(f->experts, &f->experts->down, t.expert);
+    const Panels panels = group_of(&down, 1, t.group, f->at_once);
     for (int64_t i = 0; i < t.count; i++)
         rows[i] = f->middle + (t.first + i) * f->width;
-    op_table()->panel_gemm(&down, t.panel, rows, t.count, acc, acc + ROW_CHUNK * PANEL);
-    for (int64_t i = 0; i < t.count; i++)
-        store_columns(acc + i * PANEL, 1, f->y + f->order[t.first + i] * down.num_out + t.panel * PANEL, 0,
-                      down.num_out - t.panel * PANEL);
+    op_table()->panel_gemm(&panels, rows, t.count, scratch);
+    for (int64_t i = 0; i < t.count; i++, acc += gemm_stride(&panels))
+        store_row(&panels, acc, f->y + f->order[t.first + i] * down.num_out);
 }
 
 /* Sorts the slots by expert, keeping their order within one; lists the experts that have any. */
@@ -189,9 +206,11 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
 {
     const int64_t width = round_up(e->up.num_out, PANEL), hidden = e->down.num_out, num_slots = slots->num_slots;
     const int64_t middle_bytes = round_up(num_slots * width * (int64_t)sizeof(float), 64);
+    const int64_t most_rows = num_slots < ROW_CHUNK ? num_slots : ROW_CHUNK;
+    const Panels most = {&e->down, 1, 0, MOST_PANELS};
     const int64_t lists = (3 * e->num_experts + 2) * (int64_t)sizeof(int64_t) + num_slots * (int64_t)sizeof(int32_t);
     char *buffer = pool_buffer(0, middle_bytes + lists);
-    if (!buffer || pool_reserve((2 * ROW_CHUNK * PANEL + stack_floats(&e->down)) * (int64_t)sizeof(float)) != 0)
+    if (!buffer || pool_reserve(gemm_scratch(&most, most_rows) * (int64_t)sizeof(float)) != 0)
         return out_of_memory;
     Ffn f = {.experts = e, .slots = slots, .x = x, .middle = (float *)buffer, .y = y, .width = width};
     f.offsets = (int64_t *)(buffer + middle_bytes);
@@ -204,10 +223,12 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
     list_busy(&f);
     const int64_t chunks = f.starts[f.num_busy];
     const int alone = is_small(num_slots, 3 * width * hidden);
-    f.num_panels = width / PANEL;
-    pool_run(up_task, &f, chunks * f.num_panels, alone);
-    f.num_panels = (hidden + PANEL - 1) / PANEL;
-    pool_run(down_task, &f, chunks * f.num_panels, alone);
+    f.at_once = panels_at_once(width / PANEL, chunks, MOST_PANELS / 2);
+    f.num_groups = num_groups(&e->up, f.at_once);
+    pool_run(up_task, &f, chunks * f.num_groups, alone);
+    f.at_once = panels_at_once((hidden + PANEL - 1) / PANEL, chunks, MOST_PANELS);
+    f.num_groups = num_groups(&e->down, f.at_once);
+    pool_run(down_task, &f, chunks * f.num_groups, alone);
     return NULL;
 }
 
