@@ -6,7 +6,7 @@
 
 #define SMALL_WORK (1 << 16) /* multiply-adds (and, by the same number, weights) not worth waking a worker for */
 #define MOST_PANELS 8        /* panels of one task */
-#define TASKS_PER_THREAD 16  /* where there are as many panels */
+#define TASKS_PER_THREAD 4   /* where there are as many panels */
 
 static int is_small(int64_t num_rows, int64_t num_weights) { return num_rows * num_weights <= SMALL_WORK; }
 
