@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZE = 32
-"""Positions in one block; also the block of keys over which the attention kernel's online softmax runs."""
+"""Positions in one block."""
 
 
 class LatentCache:

@@ -34,12 +34,45 @@ static void reset_bundle(const Bundle *b)
     }
 }
 
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){i, j, k, l})
+#endif
+
+/* to[4][stride] = the transpose of rows[4][4 from k on] */
+INLINE void turn4(const float *const *rows, int64_t k, float *to, int64_t stride)
+{
+    v4 row[4], half[4];
+    for (int i = 0; i < 4; i++)
+        row[i] = *(const v4 *)(rows[i] + k);
+    for (int i = 0; i < 2; i++) {
+        half[i] = SHUFFLE(row[2 * i], row[2 * i + 1], 0, 4, 1, 5);
+        half[2 + i] = SHUFFLE(row[2 * i], row[2 * i + 1], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 2; i++) {
+        *(v4 *)(to + 2 * i * stride) = SHUFFLE(half[2 * i], half[2 * i + 1], 0, 1, 4, 5);
+        *(v4 *)(to + (2 * i + 1) * stride) = SHUFFLE(half[2 * i], half[2 * i + 1], 2, 3, 6, 7);
+    }
+}
+
 /* queries[i] has the values of line i from `at` on. */
 static void load_queries(const Bundle *b, const float *const *queries, int64_t at, int64_t count)
 {
-    for (int64_t k = 0; k < count; k++)
-        for (int64_t i = 0; i < b->lanes; i++)
-            b->query[(at + k) * b->lanes + i] = i < b->num_lines ? queries[i][k] : 0.0f;
+    const int64_t lanes = b->lanes, whole = count / 4 * 4;
+    float *to = b->query + at * lanes;
+    for (int64_t i = 0; i < lanes; i++)
+        if (i % 4 == 0 && i + 4 <= b->num_lines) {
+            for (int64_t k = 0; k < whole; k += 4)
+                turn4(queries + i, k, to + k * lanes + i, lanes);
+        } else if (i >= b->num_lines / 4 * 4) {
+            for (int64_t k = 0; k < whole; k++)
+                to[k * lanes + i] = i < b->num_lines ? queries[i][k] : 0.0f;
+        }
+    for (int64_t k = whole; k < count; k++)
+        for (int64_t i = 0; i < lanes; i++)
+            to[k * lanes + i] = i < b->num_lines ? queries[i][k] : 0.0f;
 }
 
 /* Scores of `rows` keys for 16 lanes; run_tiles has 32. */
