@@ -66,7 +66,7 @@ def _adjust(scores_V: Float64s, draw: Draw) -> None:
 
 
 def kept_ids(scores_V: Float64s, weights_V: Float64s, draw: Draw) -> Ids:
-    """The ids that min-p, then top-k, then top-p leave, ascending, at least one. Weights rise with the scores."""
+    """The ids that min-p, then top-k, then top-p leave, ascending, at least one. Weights are in the scores' order."""
     ids: Ids = np.flatnonzero(weights_V >= draw.min_p)
     if 0 < draw.top_k < ids.size:
         ids = np.sort(ids[best_ids(scores_V[ids], draw.top_k)])
