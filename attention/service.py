@@ -18,6 +18,7 @@ from transport.links import Link
 from transport.mailbox import Mailbox
 from transport.shards import row_split
 from transport.tasks import Steps
+from transport.trace import Trace
 
 _GATHER, _REDUCE = 0, 1
 
@@ -34,6 +35,7 @@ class AttentionService:
         mailbox: Mailbox,
         members: tuple[int, ...],
         num_shards: int,
+        trace: Trace | None = None,
     ) -> None:
         self._layers = layers
         self._cache = cache
@@ -41,6 +43,7 @@ class AttentionService:
         self._mailbox = mailbox
         self._members = members
         self._num_shards = num_shards
+        self._trace = trace
 
     def owned_rows(self, num_rows: int) -> tuple[int, int]:
         """(start, stop) of the rows of a micro-batch that this member owns."""
@@ -51,16 +54,28 @@ class AttentionService:
     ) -> Steps[Tensor]:
         """Attention output [O, H] of the owned rows from their normalised hidden states [O, H]."""
         attention = self._layers[layer]
+        lap = None if self._trace is None else self._trace.laps(micro_batch, step=step, layer=layer)
         if len(self._members) == 1:
-            return attention.whole(x_OH, batch, self._cache, layer)
+            y_OH = attention.whole(x_OH, batch, self._cache, layer)
+            if lap:
+                lap("attention")
+            return y_OH
         projected = attention.project(x_OH, batch, self.owned_rows(batch.num_rows)[0])
+        if lap:
+            lap("project")
         rows_TD = yield from all_gather_rows(
             self._call(_GATHER, layer, generation, step, micro_batch), projected, batch.num_rows
         )
+        if lap:
+            lap("gather")
         partials = attention.attend(rows_TD, batch, self._cache, layer)
+        if lap:
+            lap("attend")
         y_OH = yield from reduce_scatter_tree(
             self._call(_REDUCE, layer, generation, step, micro_batch), partials, self._num_shards
         )
+        if lap:
+            lap("reduce")
         return attention.finish(y_OH)
 
     def _call(self, phase: int, layer: int, generation: int, step: int, micro_batch: int) -> GroupCall:

@@ -2,6 +2,7 @@
 
 from experts.bank import ExpertBank
 from experts.client import ExpertClient, WorkId
+from experts.hold import HoldRule
 from experts.service import ExpertService, LocalCall, answer_frame
 
-__all__ = ["ExpertBank", "ExpertClient", "ExpertService", "LocalCall", "WorkId", "answer_frame"]
+__all__ = ["ExpertBank", "ExpertClient", "ExpertService", "HoldRule", "LocalCall", "WorkId", "answer_frame"]

@@ -19,6 +19,7 @@ from transport.frame import Frame, Header, Kind
 from transport.links import Link
 from transport.mailbox import Mailbox, MailKey
 from transport.tasks import Steps
+from transport.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,14 @@ class ExpertClient:
         *,
         rank_of_expert: Mapping[int, Tensor],
         compact: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self._link = link
         self._mailbox = mailbox
         self._service = service
         self._rank_of_expert = rank_of_expert
         self._compact = compact
+        self._trace = trace
         self.stats = DispatchStats()
 
     def call(
@@ -80,20 +83,30 @@ class ExpertClient:
     ) -> Steps[Tensor]:
         """Output [T, H] of a MoE layer: what `meanwhile` returns, computed while the tokens are away, plus the routed
         experts' rows times their weights, added in top-k order. `routed` is the router's (ids, weights), [T, K]."""
+        lap = None if self._trace is None else self._trace.laps(work.micro_batch, step=work.step, layer=layer)
+        if lap:
+            lap("route")
         ids_TK, weights_TK = routed
         dispatch = plan_dispatch(ids_TK.cpu(), self._rank_of_expert[layer], self._link.num_ranks)
         began = time.perf_counter()
         local, keys = self._send(work, layer, x_TH, weights_TK, dispatch)
+        if lap:
+            lap("dispatch")
         base = meanwhile()
+        if lap:
+            lap("shared expert")
         yield _Answers(mailbox=self._mailbox, keys=tuple(keys.values()), local=local)
+        if lap:
+            lap("wait for experts")
         self.stats.seconds += time.perf_counter() - began
         answers = [self._take(rank, keys, local, dispatch, x_TH) for rank in dispatch.destinations]
         rows_SH = answers[0] if len(answers) == 1 else torch.cat(answers)
         device = x_TH.device
-        if self._compact:
-            index, ones = compact_index(dispatch)
-            return kernels.combine(rows_SH, index.to(device), ones.to(device), base)
-        return kernels.combine(rows_SH, dispatch.places.to(device), weights_TK, base)
+        places, weights = compact_index(dispatch) if self._compact else (dispatch.places, weights_TK)
+        y_TH = kernels.combine(rows_SH, places.to(device), weights.to(device), base)
+        if lap:
+            lap("combine")
+        return y_TH
 
     def _send(
         self, work: WorkId, layer: int, x_TH: Tensor, weights_TK: Tensor, dispatch: Dispatch
@@ -106,7 +119,7 @@ class ExpertClient:
             tensors = dispatch_tensors(x_TH, part)
             weights = None if flat_weights is None else flat_weights[part.slot_pos.long()]
             if rank == self._link.rank:
-                local = LocalCall(layer=layer, call=ExpertCall(*tensors), weights=weights)
+                local = LocalCall(layer=layer, call=ExpertCall(*tensors), micro_batch=work.micro_batch, weights=weights)
                 self._service.submit_local(local)
                 continue
             header = Header(

@@ -5,7 +5,8 @@ An answer is a pure function of the call and the weights, so a call may be repea
 Shape legend: n rows of one call, S its slots, H hidden, k slots of one row at most.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from experts.bank import ExpertBank
 from experts.compact import weighted_rows
+from experts.hold import Caller, HoldRule
 from transport.dispatch import ExpertCall, expert_call, merge_calls
 from transport.errors import ProtocolError
 from transport.frame import Frame, Header, Kind
+from transport.trace import Trace, now
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,6 +30,7 @@ class LocalCall:
 
     layer: int
     call: ExpertCall
+    micro_batch: int = 0
     weights: Tensor | None = None
     answer: Tensor | None = None
 
@@ -43,6 +47,16 @@ class _Waiting:
     header: Header | None = None
     local: LocalCall | None = None
 
+    @property
+    def num_slots(self) -> int:
+        return self.call.slot_row.shape[0]
+
+    def caller(self, own_rank: int) -> Caller:
+        if self.header is not None:
+            return self.header.sender, self.header.micro_batch
+        assert self.local is not None
+        return own_rank, self.local.micro_batch
+
 
 @dataclass(kw_only=True)
 class ServiceStats:
@@ -55,10 +69,25 @@ class ServiceStats:
 
 
 class ExpertService:
-    """Calls wait by layer. It never waits for anybody: what is there when its turn comes is one batch."""
+    """Calls wait by layer: what is there when its turn comes is one batch. It waits for nobody, or with a hold rule
+    for a moment."""
 
-    def __init__(self, banks: Mapping[int, ExpertBank], *, hidden: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        banks: Mapping[int, ExpertBank],
+        *,
+        rank: int,
+        hidden: int,
+        device: torch.device,
+        hold: HoldRule | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        trace: Trace | None = None,
+    ) -> None:
         self._banks = banks
+        self._rank = rank
+        self._hold = hold
+        self._clock = clock
+        self._trace = trace
         self._hidden = hidden
         self._device = device
         self._queues: dict[int, list[_Waiting]] = {}
@@ -106,13 +135,40 @@ class ExpertService:
 
     def _enqueue(self, layer: int, waiting: _Waiting) -> None:
         self._queues.setdefault(layer, []).append(waiting)
+        if self._hold is not None:
+            self._hold.came(layer, waiting.caller(self._rank), waiting.num_slots, self._clock())
 
-    def step(self) -> list[tuple[Header, Tensor]]:
-        """Compute every call of the layer that has waited longest, as one batch: each frame's header and its answer."""
-        if not self._queues:
-            return []
-        layer = next(iter(self._queues))
+    def held_for(self) -> float | None:
+        """Seconds until a layer that is held back may be computed; None where none is."""
+        if self._hold is None or not self._queues:
+            return None
+        return max(0.0, min(self._held_until(layer) for layer in self._queues) - self._clock())
+
+    def _held_until(self, layer: int) -> float:
+        assert self._hold is not None
+        return self._hold.until(layer, sum(item.num_slots for item in self._queues[layer]))
+
+    def _next_layer(self) -> int | None:
+        """The layer that has waited longest of those that need not wait any more."""
+        if self._hold is None:
+            return next(iter(self._queues), None)
+        time = self._clock()
+        return next((layer for layer in self._queues if self._held_until(layer) <= time), None)
+
+    def step(self) -> list[tuple[Header, Tensor]] | None:
+        """Compute every call of one layer as one batch: each frame's header and its answer. None: nothing to do yet."""
+        layer = self._next_layer()
+        if layer is None:
+            return None
+        began = self._clock()
         waiting = self._queues.pop(layer)
+        posted = self._compute(layer, waiting)
+        if self._hold is not None:
+            self._hold.computed(layer, sum(item.num_slots for item in waiting), self._clock() - began)
+        return posted
+
+    def _compute(self, layer: int, waiting: list[_Waiting]) -> list[tuple[Header, Tensor]]:
+        began = now() if self._trace is not None else None
         merged = merge_calls([item.call for item in waiting])
         y_SH = self._banks[layer].compute(merged)
         answers = torch.split_with_sizes(y_SH, [item.call.slot_row.shape[0] for item in waiting])
@@ -125,6 +181,10 @@ class ExpertService:
                 item.local.answer = answer
             if item.header is not None:
                 posted.append((item.header, answer))
+        if self._trace is not None:
+            rows, slots = merged.rows_nH.shape[0], merged.slot_row.shape[0]
+            callers = ["here" if item.header is None else item.header.sender for item in waiting]
+            self._trace.span("experts", began, layer=layer, rows=rows, slots=slots, callers=callers)
         return posted
 
 

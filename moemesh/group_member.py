@@ -24,6 +24,7 @@ from transport.links import Link
 from transport.mailbox import Mailbox, MailKey
 from transport.shards import row_split
 from transport.tasks import Steps, Task, together
+from transport.trace import Trace, now
 
 
 class GroupMember:
@@ -42,6 +43,7 @@ class GroupMember:
         expand_prompts: bool,
         scheduler: Scheduler | None,
         generation: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         self._members = members
         self._link = link
@@ -54,6 +56,7 @@ class GroupMember:
         self._expand_prompts = expand_prompts
         self.scheduler = scheduler
         self._generation = generation
+        self._trace = trace
         self._mirror = PlanMirror()
         self._plans: deque[StepPlan] = deque()
         self._task: Task[None] | None = None
@@ -122,6 +125,7 @@ class GroupMember:
             self._link.post(member, Frame(header, (payload,)))
 
     def _step(self, plan: StepPlan) -> Steps[None]:
+        began = now() if self._trace is not None else None
         self._mirror.follow(plan)
         if plan.items:
             parts = split_plan(plan, self._num_micro_batches)
@@ -135,10 +139,15 @@ class GroupMember:
                 yield from self._finish_as_leader(self.scheduler, plan, batches, results)
         self._mailbox.discard(self._generation, plan.step + 1)
         self.num_steps += 1
+        if self._trace is not None:
+            self._trace.span("step", began, step=plan.step, sequences=len(plan.items))
 
     def _run(self, step: int, batch: MicroBatch) -> Steps[RowResults]:
         """One micro-batch; the results of the rows this member owns, sent to the leader if that is another rank."""
+        lap = None if self._trace is None else self._trace.start(batch.index, step=step)
         x_OH = yield from self._forward.run(batch, generation=self._generation, step=step)
+        if lap:
+            lap("layers")
         start, stop = self._attention.owned_rows(batch.attention.num_rows)
         owned = [row for row in batch.logits_rows if start <= row.row < stop]
         results = self._head.evaluate(x_OH, start, owned)
@@ -148,6 +157,8 @@ class GroupMember:
                 Kind.SAMPLES, self._link.rank, generation=self._generation, step=step, micro_batch=batch.index
             )
             self._link.post(leader, Frame(header, (results.to_tensor(),)))
+        if lap:
+            lap("head and sampling")
         return results
 
     def _finish_as_leader(

@@ -13,6 +13,7 @@ from moemesh.mesh_plan import MeshPlan
 from moemesh.metrics import Metrics
 from moemesh.options import EngineOptions
 from moemesh.run_directory import RunDirectory
+from moemesh.trace_file import save_trace
 from transport.control import ControlServer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ async def started_mesh(options: EngineOptions, plan: MeshPlan, metrics: Metrics)
             yield controller
     finally:
         ranks.stop(STOP_GRACE_SECONDS)
+        save_trace(run)
         run.remove()
 
 

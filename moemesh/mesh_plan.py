@@ -49,6 +49,7 @@ def plan_mesh(options: EngineOptions) -> MeshPlan:
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         combine=options.combine,
+        expert_hold=options.expert_hold,
         micro_batches=options.micro_batches,
         credit_window=options.credit_window,
         prefix_caching=options.enable_prefix_caching,

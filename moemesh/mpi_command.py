@@ -36,6 +36,8 @@ class MpiRun:
             # Only pml ob1 supports ULFM; binding would pin each rank, and all its threads, to one core. The ofi
             # component, where it finds no network of its own, sleeps for a second in every rank's MPI_Init.
             flags += [
+                "--host",
+                f"localhost:{num_ranks}",
                 "--oversubscribe",
                 "--bind-to",
                 "none",

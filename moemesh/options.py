@@ -65,6 +65,13 @@ class EngineOptions(ModelOptions):
         one_of("exact", "compact"),
         metavar="exact|compact",
     )
+    expert_hold: str = flag(
+        "auto",
+        "on: an expert rank waits a moment for calls that are about to come, to read weights once for all of them; "
+        "auto: where a host's ranks have more threads than it has cores",
+        one_of("auto", "on", "off"),
+        metavar="auto|on|off",
+    )
     micro_batches: int = flag(
         1, "batches in flight on a rank; 2 hides travel time, but reads the experts twice", whole(1, 2)
     )
@@ -102,6 +109,9 @@ class EngineOptions(ModelOptions):
         "(expanded: faster from a few hundred tokens on; a generated token sent back as prompt may then differ)",
         one_of("absorbed", "expanded"),
         metavar="absorbed|expanded",
+    )
+    trace: str | None = flag(
+        None, "write what every rank did when to this file, for https://ui.perfetto.dev", text, metavar="FILE"
     )
     generation_config: str = flag(
         "auto",

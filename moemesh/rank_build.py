@@ -7,19 +7,21 @@ import torch
 from attention.block_pool import BlockPool
 from attention.latent_cache import BLOCK_SIZE, LatentCache
 from attention.service import AttentionService
-from experts import ExpertClient, ExpertService
+from experts import ExpertClient, ExpertService, HoldRule
 from gating import ExpertLoad
 from mesh_config.mesh import MeshConfig
 from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
 from moemesh.forward import Forward, ForwardPass, WholeForward, stack_layers
 from moemesh.group_member import GroupMember
+from moemesh.idle import IdleWait
 from moemesh.model import RankModel
 from moemesh.rank_engine import ControlPort, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
 from transport.links import Link
 from transport.mailbox import Mailbox
+from transport.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class _Parts:
     experts: ExpertService
     load: ExpertLoad
     device: torch.device
+    trace: Trace | None
 
 
 def build_rank(
@@ -44,6 +47,8 @@ def build_rank(
     link: Link,
     control: ControlPort,
     device: torch.device,
+    idle: IdleWait,
+    trace: Trace | None = None,
 ) -> RankEngine:
     """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks."""
     config = model.config
@@ -53,9 +58,17 @@ def build_rank(
         placement=placement,
         link=link,
         mailbox=Mailbox(),
-        experts=ExpertService(model.banks, hidden=config.hidden_size, device=device),
+        experts=ExpertService(
+            model.banks,
+            rank=link.rank,
+            hidden=config.hidden_size,
+            device=device,
+            hold=_hold(model, mesh, crowded=idle.crowded),
+            trace=trace,
+        ),
         load=ExpertLoad(config.moe_layers, config.num_experts),
         device=device,
+        trace=trace,
     )
     client = _client(parts) if model.attention is not None else None
     member = _member(parts, model, client) if client is not None else None
@@ -68,7 +81,15 @@ def build_rank(
         client=client,
         load=parts.load,
         member=member,
+        idle=idle,
     )
+
+
+def _hold(model: RankModel, mesh: MeshConfig, *, crowded: bool) -> HoldRule | None:
+    if mesh.expert_hold == "off" or (mesh.expert_hold == "auto" and not crowded) or not model.banks:
+        return None
+    num_resident = max(bank.num_resident for bank in model.banks.values())
+    return HoldRule(sorted(model.banks), num_resident)
 
 
 def _client(parts: _Parts) -> ExpertClient:
@@ -81,6 +102,7 @@ def _client(parts: _Parts) -> ExpertClient:
         parts.experts,
         rank_of_expert=tables,
         compact=parts.mesh.combine == "compact",
+        trace=parts.trace,
     )
 
 
@@ -104,6 +126,7 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
         mailbox=parts.mailbox,
         members=members,
         num_shards=config.num_logical_shards,
+        trace=parts.trace,
     )
     forward: Forward
     if mesh.num_ranks == 1 and mesh.combine == "exact":
@@ -120,6 +143,7 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
         num_micro_batches=mesh.micro_batches,
         expand_prompts=mesh.prefill_attention == "expanded",
         scheduler=_scheduler(mesh) if members[0] == rank else None,
+        trace=parts.trace,
     )
 
 

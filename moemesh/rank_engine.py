@@ -56,6 +56,7 @@ class RankEngine:
         client: ExpertClient | None,
         load: ExpertLoad,
         member: GroupMember | None,
+        idle: IdleWait,
     ) -> None:
         self._config = config
         self._link = link
@@ -65,7 +66,7 @@ class RankEngine:
         self._client = client
         self._load = load
         self._member = member
-        self._idle = IdleWait(control, alone=link.num_ranks == 1)
+        self._idle = idle
         self._stopping = False
         self._next_stats = 0.0
         self._busy_seconds = 0.0
@@ -79,8 +80,13 @@ class RankEngine:
                 self._busy_seconds += time.perf_counter() - began
                 self._idle.worked()
             else:
-                self._idle.wait(max(0.0, self._next_stats - time.monotonic()))
+                self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
             self._send_stats()
+
+    def _longest_wait(self) -> float:
+        longest = max(0.0, self._next_stats - time.monotonic())
+        held_for = self._experts.held_for()
+        return longest if held_for is None else min(longest, held_for)
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
@@ -165,9 +171,10 @@ class RankEngine:
                 self._mailbox.deliver(frame)
 
     def _answer_experts(self) -> bool:
-        if not self._experts.pending:
+        answers = self._experts.step()
+        if answers is None:
             return False
-        for call, answer in self._experts.step():
+        for call, answer in answers:
             self._link.post(call.sender, answer_frame(call, answer, self._link.rank))
         return True
 

@@ -46,7 +46,7 @@ def run_rank(run: RunDirectory) -> NoReturn:
         # Not at the top: torch takes a second, in which nobody would watch over this process.
         from moemesh.rank_startup import serve_rank
 
-        serve_rank(run.read_options(), rank, num_ranks, control)
+        serve_rank(run, rank, num_ranks, control)
     except (ConfigError, CheckpointError) as error:
         _fail(control, rank, str(error))
     except Exception as error:

@@ -5,22 +5,28 @@ import logging
 import os
 import socket
 import time
+from contextlib import closing, nullcontext
 
 import torch
 
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
+from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, threads_per_rank
 from moemesh.model_loader import ModelLoader
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
+from moemesh.rank_place import RankPlace
+from moemesh.run_directory import RunDirectory
 from transport import messages
 from transport.control import ControlClient
+from transport.doorbell import Doorbell
 from transport.links import Link
 from transport.local_link import LocalNetwork
 from transport.mpi_link import MpiLink
 from transport.mpi_runtime import init_mpi
+from transport.trace import Trace
 
 PROGRESS_SECONDS = 0.2
 START_SECONDS = 60.0
@@ -28,13 +34,20 @@ START_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
-def serve_rank(options: EngineOptions, rank: int, num_ranks: int, control: ControlClient) -> None:
+def serve_rank(run: RunDirectory, rank: int, num_ranks: int, control: ControlClient) -> None:
     """Be rank `rank` of `num_ranks` until told to stop. Expects the garbage collector off, and turns it on.
 
     Raises ConfigError or CheckpointError for what the user can mend, and whatever else goes wrong.
     """
-    device, ranks_on_host = _claim_device(options, num_ranks)
-    kernels.set_num_threads(threads_per_rank(options, ranks_on_host))
+    options = run.read_options()
+    place = RankPlace(run=run, rank=rank, num_ranks=num_ranks)
+    with closing(Trace(run.trace(rank))) if options.trace is not None else nullcontext() as trace:
+        _serve(options, place, control, trace)
+
+
+def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, trace: Trace | None) -> None:
+    device, rank = _claim_device(options), place.rank
+    kernels.set_num_threads(threads_per_rank(options, place.ranks_on_host))
     if rank == 0:
         _say_what_is_slow(device)
     # Torch moves rows and adds them, no more: a second pool of threads would only spin against ours.
@@ -50,9 +63,10 @@ def serve_rank(options: EngineOptions, rank: int, num_ranks: int, control: Contr
         )
     )
     mesh = MeshConfig.from_dict(_await_start(control).config)
-    if mesh.num_ranks != num_ranks:
-        raise ConfigError(f"the frontend planned {mesh.num_ranks} ranks, {num_ranks} were started: start as many")
-    link = _connect(rank, mesh)
+    if mesh.num_ranks != place.num_ranks:
+        raise ConfigError(f"the frontend planned {mesh.num_ranks} ranks, {place.num_ranks} were started: start as many")
+    bell = place.doorbell()
+    link = _connect(rank, mesh, bell, trace)
     config = load_model_config(options.model_folder)
     placement = placement_of(config, mesh)
     model = ModelLoader(
@@ -64,7 +78,8 @@ def serve_rank(options: EngineOptions, rank: int, num_ranks: int, control: Contr
         weight_dtype=_weight_dtype(options),
         report=_Reporter(control, rank).report,
     ).load()
-    engine = build_rank(model, mesh, placement, link=link, control=control, device=device)
+    idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
+    engine = build_rank(model, mesh, placement, link=link, control=control, device=device, idle=idle, trace=trace)
     control.send(messages.Ready(rank=rank, num_blocks=mesh.num_cache_blocks or 0))
     # All that is there now stays: the collector need never look at it again.
     gc.freeze()
@@ -72,18 +87,17 @@ def serve_rank(options: EngineOptions, rank: int, num_ranks: int, control: Contr
     engine.run()
 
 
-def _claim_device(options: EngineOptions, num_ranks: int) -> tuple[torch.device, int]:
-    """The device this rank computes on, and how many ranks share the host."""
-    local_size = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", num_ranks))
+def _claim_device(options: EngineOptions) -> torch.device:
+    """The device this rank computes on."""
     local_rank = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     if not use_cuda:
-        return torch.device("cpu"), local_size
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no CUDA device: use --device cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    return device, local_size
+    return device
 
 
 def _weight_dtype(options: EngineOptions) -> torch.dtype | None:
@@ -111,13 +125,13 @@ def _await_start(control: ControlClient) -> messages.Start:
     raise ConfigError(f"the frontend did not answer for {START_SECONDS:.0f} s")
 
 
-def _connect(rank: int, mesh: MeshConfig) -> Link:
+def _connect(rank: int, mesh: MeshConfig, bell: Doorbell | None, trace: Trace | None) -> Link:
     if mesh.num_ranks == 1:
         return LocalNetwork(1).links[0]
     world = init_mpi().COMM_WORLD
     if world.rank != rank or world.size != mesh.num_ranks:
         raise ConfigError(f"MPI says rank {world.rank} of {world.size}, the launcher {rank} of {mesh.num_ranks}")
-    return MpiLink(world.Dup(), credit_window=mesh.credit_window)
+    return MpiLink(world.Dup(), credit_window=mesh.credit_window, bell=bell, trace=trace)
 
 
 class _Reporter:

@@ -6,6 +6,8 @@
         processes         one line for each rank process
         companions        folders elsewhere that belong to the run, removed with it
         control           the control plane's ipc socket
+        asleep, bell.*    how the ranks wake each other
+        trace.*           what each rank did when, with --trace
         tmp/              TMPDIR of mpirun and the ranks: session folders of Open MPI, PRRTE and PMIx
     /dev/shm/NAME/        Open MPI's shared-memory segments (16 MiB a rank)
 
@@ -85,6 +87,15 @@ class RunDirectory:
     def control_endpoint(self) -> str:
         """ZeroMQ endpoint of the control plane; the frontend binds it."""
         return f"ipc://{self.path / 'control'}"
+
+    def trace(self, rank: int) -> Path:
+        """Where a rank writes what it did when."""
+        return self.path / f"trace.{rank}"
+
+    def traces(self) -> dict[int, Path]:
+        """What the ranks wrote there, by rank."""
+        found = {int(path.suffix[1:]): path for path in self.path.glob("trace.*")}
+        return dict(sorted(found.items()))
 
     @property
     def temporary(self) -> Path:

@@ -16,6 +16,7 @@ from moemesh.options import ServeOptions
 from moemesh.port import check_port_free, listening
 from moemesh.processes import ProcessIdentity
 from moemesh.run_directory import RunDirectory, RunDirectoryError
+from moemesh.trace_file import save_trace
 
 # When the frontend has ended it has told the ranks to stop; those still there get SIGTERM, and so long before SIGKILL.
 _STOP_GRACE_SECONDS = 1.0
@@ -43,6 +44,7 @@ def serve(options: ServeOptions) -> int:
             return run_frontend(options, plan, run_directory=run, ranks=ranks, sockets=sockets)
         finally:
             ranks.stop(_STOP_GRACE_SECONDS)
+            save_trace(run)
             run.remove()
 
 
@@ -69,6 +71,7 @@ def serve_attached(run_directory: str, starter: str) -> int:
             return run_frontend(options, plan_mesh(options), run_directory=run, ranks=ranks, sockets=sockets)
     finally:
         ranks.stop(_STOP_GRACE_SECONDS)
+        save_trace(run)
         run.remove()
 
 

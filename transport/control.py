@@ -7,6 +7,7 @@ messages); what cannot be read is counted and dropped. Queues are bounded and cl
 
 import asyncio
 import os
+import select
 import stat
 import time
 from dataclasses import dataclass
@@ -163,27 +164,26 @@ class ControlClient:
     def receive_all(self) -> list[Message]:
         """All messages that are there. Malformed ones are counted in `malformed` and skipped."""
         messages: list[Message] = []
-        while True:
+        # Asked at every turn of a rank's loop: the exception of an empty socket would cost more than the rest of it.
+        while self._socket.poll(0):
             try:
-                data = self._socket.recv(flags=zmq.DONTWAIT)
-            except zmq.Again:
-                return messages
-            try:
-                messages.append(decode_message(data))
+                messages.append(decode_message(self._socket.recv(flags=zmq.DONTWAIT)))
             except ProtocolError:
                 self.malformed += 1
+        return messages
 
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep until a message is there or the time is over; says whether one is there. The engine's idle sleep.
-
-        ZeroMQ counts in milliseconds; shorter sleeps look first, then sleep the whole time, deaf.
-        """
-        milliseconds = int(timeout_s * 1000)
-        if self._socket.poll(milliseconds):
-            return True
-        if milliseconds == 0 and timeout_s > 0:
-            time.sleep(timeout_s)
-        return False
+    def wait(self, timeout_s: float, also: int | None = None) -> bool:
+        """Sleep until a message is there, `also` (a file's descriptor) is readable, or the time is over; says whether a
+        message is there. The engine's idle sleep."""
+        # Not ZeroMQ's poll: that counts in milliseconds. Its descriptor only says that there may be something new.
+        deadline = time.monotonic() + timeout_s
+        files = [self._socket.fileno()] if also is None else [self._socket.fileno(), also]
+        while not self._socket.poll(0):
+            left = deadline - time.monotonic()
+            readable, _, _ = select.select(files, (), (), max(0.0, left))
+            if also in readable or left <= 0:
+                return bool(self._socket.poll(0))
+        return True
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close, after at most `linger_s` for what has not been sent; the rest is lost."""

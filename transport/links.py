@@ -9,6 +9,7 @@ from transport.buffers import BufferPool, WireBuffer
 from transport.errors import ProtocolError
 from transport.flow_control import DEFAULT_MAX_QUEUED, DEFAULT_WINDOW, CreditWindow
 from transport.frame import Frame, Header, Kind, decode, encode, set_credits
+from transport.trace import Trace, now
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,10 @@ class Link(Protocol):
 
     def stats(self) -> LinkStats: ...
 
+    def arriving(self) -> bool:
+        """Some frame is half received: the sooner the next poll, the sooner it is here."""
+        ...
+
     def idle(self) -> bool:
         """Nothing queued, nothing half sent, nothing half received."""
         ...
@@ -73,10 +78,17 @@ class WindowedLink(ABC):
     """
 
     def __init__(
-        self, rank: int, num_ranks: int, *, credit_window: int = DEFAULT_WINDOW, max_queued: int = DEFAULT_MAX_QUEUED
+        self,
+        rank: int,
+        num_ranks: int,
+        *,
+        credit_window: int = DEFAULT_WINDOW,
+        max_queued: int = DEFAULT_MAX_QUEUED,
+        trace: Trace | None = None,
     ) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
+        self._trace = trace
         self._windows: dict[int, CreditWindow[tuple[Kind, WireBuffer]]] = {
             peer: CreditWindow(credit_window, max_queued) for peer in range(num_ranks) if peer != rank
         }
@@ -118,8 +130,12 @@ class WindowedLink(ABC):
         if peer in self._lost:
             self._dropped += 1
             return
+        began = now() if self._trace is not None else None
         window.push((header.kind, encode(frame, self._pool.take)))
         self._pump(peer, window)
+        if self._trace is not None:
+            nbytes = sum(tensor.nbytes for tensor in frame.tensors)
+            self._trace.span(f"post {header.kind.name}", began, to=peer, layer=header.layer, nbytes=nbytes)
 
     def poll(self) -> list[Frame]:
         """See Link."""
@@ -156,6 +172,10 @@ class WindowedLink(ABC):
             queued=sum(window.queued for window in self._windows.values()),
             in_flight=sum(window.in_flight for window in self._windows.values()),
         )
+
+    def arriving(self) -> bool:
+        """See Link. Nothing, for a carrier that hands over whole buffers."""
+        return False
 
     def idle(self) -> bool:
         """See Link."""

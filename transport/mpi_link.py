@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from transport import buffers
 from transport.buffers import WireBuffer
+from transport.doorbell import Doorbell
 from transport.flow_control import DEFAULT_MAX_QUEUED, DEFAULT_WINDOW
 from transport.links import WindowedLink
 from transport.mpi_runtime import init_mpi
+from transport.trace import Trace
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Exception as MpiException
@@ -28,11 +30,19 @@ class MpiLink(WindowedLink):
     """One rank's end of an MPI communicator, which is the link's from here on: errors are returned, not fatal."""
 
     def __init__(
-        self, comm: Intracomm, *, credit_window: int = DEFAULT_WINDOW, max_queued: int = DEFAULT_MAX_QUEUED
+        self,
+        comm: Intracomm,
+        *,
+        credit_window: int = DEFAULT_WINDOW,
+        max_queued: int = DEFAULT_MAX_QUEUED,
+        bell: Doorbell | None = None,
+        trace: Trace | None = None,
     ) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size(), credit_window=credit_window, max_queued=max_queued)
+        rank, num_ranks = comm.Get_rank(), comm.Get_size()
+        super().__init__(rank, num_ranks, credit_window=credit_window, max_queued=max_queued, trace=trace)
         mpi = init_mpi()
         comm.Set_errhandler(mpi.ERRORS_RETURN)
+        self._bell = bell
         self._mpi = mpi
         self._comm = comm
         self._status = mpi.Status()
@@ -46,7 +56,10 @@ class MpiLink(WindowedLink):
     def _transmit(self, peer: int, buffer: WireBuffer) -> None:
         try:
             request = self._comm.Isend(buffer.data, peer, FRAME_TAG)
-            if not request.Test():
+            done = request.Test()
+            if self._bell is not None:
+                self._bell.ring(peer)
+            if not done:
                 self._sending.append((peer, request, buffer))
                 return
         except self._mpi.Exception as error:
@@ -62,6 +75,10 @@ class MpiLink(WindowedLink):
         except self._mpi.Exception as error:
             self._note_failure(error)
         return self._test_receives() if self._receiving else ()
+
+    def arriving(self) -> bool:
+        """See Link."""
+        return bool(self._receiving)
 
     def _unfinished(self) -> bool:
         return bool(self._sending or self._receiving)

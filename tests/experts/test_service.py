@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from experts import ExpertBank, ExpertService, LocalCall, answer_frame
+from experts import ExpertBank, ExpertService, HoldRule, LocalCall, answer_frame
 from experts.compact import weighted_rows
 from transport.dispatch import ExpertCall
 from transport.errors import ProtocolError
@@ -31,7 +31,13 @@ def bank() -> ExpertBank:
 
 @pytest.fixture
 def service(bank: ExpertBank) -> ExpertService:
-    return ExpertService({LAYER: bank}, hidden=HIDDEN, device=torch.device("cpu"))
+    return ExpertService({LAYER: bank}, rank=9, hidden=HIDDEN, device=torch.device("cpu"))
+
+
+def _answers(service: ExpertService) -> list[tuple[Header, torch.Tensor]]:
+    answers = service.step()
+    assert answers is not None
+    return answers
 
 
 def _call(seed: int, experts: list[int], rows: list[int]) -> ExpertCall:
@@ -62,7 +68,7 @@ def test_calls_of_one_layer_are_one_batch_and_answered_apart(service: ExpertServ
     assert service.submit(_frame(CALLS[1], 8)) is None
     local = LocalCall(layer=LAYER, call=CALLS[2])
     service.submit_local(local)
-    answers = service.step()
+    answers = _answers(service)
     assert service.stats.batches == 1
     assert service.stats.calls == 3
     assert [header.sender for header, _ in answers] == [7, 8]
@@ -72,25 +78,25 @@ def test_calls_of_one_layer_are_one_batch_and_answered_apart(service: ExpertServ
     frame = answer_frame(answers[0][0], answers[0][1], sender=0)
     assert frame.header == Header(Kind.ANSWER, 0, layer=LAYER, step=5, micro_batch=1)
     assert not service.pending
-    assert service.step() == []
+    assert service.step() is None
 
 
 def test_company_does_not_change_a_bit(service: ExpertService) -> None:
     alone = []
     for call in CALLS:
         service.submit(_frame(call, 1))
-        alone.append(service.step()[0][1])
+        alone.append(_answers(service)[0][1])
     for call in CALLS:
         service.submit(_frame(call, 1))
-    for (_, answer), expected in zip(service.step(), alone, strict=True):
+    for (_, answer), expected in zip(_answers(service), alone, strict=True):
         assert torch.equal(answer, expected)
 
 
 def test_the_layer_that_waits_longest_goes_first(bank: ExpertBank) -> None:
-    service = ExpertService({1: bank, 2: bank}, hidden=HIDDEN, device=torch.device("cpu"))
+    service = ExpertService({1: bank, 2: bank}, rank=9, hidden=HIDDEN, device=torch.device("cpu"))
     for layer in (2, 1, 2):
         service.submit(_frame(CALLS[0], 0, layer=layer))
-    assert [[header.layer for header, _ in service.step()] for _ in range(2)] == [[2, 2], [1]]
+    assert [[header.layer for header, _ in _answers(service)] for _ in range(2)] == [[2, 2], [1]]
 
 
 @pytest.mark.parametrize(("layer", "expert"), [(LAYER, 0), (LAYER + 1, 1)])
@@ -114,3 +120,28 @@ def test_compact_answers_are_the_weighted_sums(bank: ExpertBank) -> None:
     answer = _expected(bank, call)
     expected = torch.stack([answer[1] * 0.25, answer[2] * 2.0, answer[0] * 0.5 + answer[3]])
     torch.testing.assert_close(weighted_rows(answer, call, weights), expected)
+
+
+def test_a_held_layer_waits_for_who_is_about_to_come(bank: ExpertBank) -> None:
+    """Two callers, the second of them a little late; reading the weights takes longer than that."""
+    time = [0.0]
+    rule = HoldRule([1, 2], len(RESIDENT))
+    service = ExpertService(
+        {1: bank, 2: bank}, rank=9, hidden=HIDDEN, device=torch.device("cpu"), hold=rule, clock=lambda: time[0]
+    )
+    service.submit(_frame(CALLS[0], 7, layer=1))
+    _answers(service)
+    rule.computed(1, 1, 1e6)
+    batches = []
+    for step, layer in [(step, layer) for step in range(1, 8) for layer in (1, 2)]:
+        time[0] += 10
+        service.submit(_frame(CALLS[0], 7, layer=layer, step=step))
+        first = service.step()
+        held_for = service.held_for()
+        time[0] += 1
+        service.submit(_frame(CALLS[1], 8, layer=layer, step=step))
+        batches.append((len(first or []), held_for, len(_answers(service))))
+    assert batches[0] == (1, None, 1)
+    assert batches[-1] == (0, 1.0, 2)
+    assert not service.pending
+    assert service.held_for() is None

@@ -12,6 +12,7 @@ import torch
 
 from mesh_config import MeshConfig, load_model_config, make_mesh
 from moemesh.checkpoint import Checkpoint
+from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of
 from moemesh.model import RankModel
 from moemesh.model_loader import ModelLoader
@@ -40,7 +41,7 @@ class LocalControl:
         received, self.inbox = self.inbox, []
         return received
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, also: int | None = None) -> bool:
         return bool(self.inbox)
 
 
@@ -87,7 +88,10 @@ class LocalMesh:
             model = loader.load()
             self.models.append(model)
             link = network.links[rank]
-            self.engines.append(build_rank(model, self.mesh, placement, link=link, control=control, device=CPU))
+            idle = IdleWait(control, bell=None, alone=True, crowded=False)
+            self.engines.append(
+                build_rank(model, self.mesh, placement, link=link, control=control, device=CPU, idle=idle)
+            )
         self.results: dict[int, Result] = {}
 
     def submit(

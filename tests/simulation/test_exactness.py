@@ -66,6 +66,7 @@ SHAPES: list[dict[str, Any]] = [
     {"num_ranks": 3, "attention_ranks": 1},
     {"num_ranks": 5, "attention_ranks": 2, "attention_tp": 2},
     {"num_ranks": 4, "attention_tp": 2, "micro_batches": 2},
+    {"num_ranks": 4, "attention_tp": 2, "expert_hold": "on"},
     {"num_ranks": 2, "attention_tp": 2, "max_num_batched_tokens": 7},
     {"num_ranks": 1, "max_num_batched_tokens": 1},
     {"num_ranks": 1, "max_num_seqs": 2},
