@@ -165,7 +165,7 @@ class Layers:
         calls: list[Callable[[], object]] = []
         for i in range(copies):
             ids = torch.rand(num_rows, self.EXPERTS).topk(self.TOP_K).indices.int()
-            num_touched += int(ids.unique().numel())
+            num_touched += len(set(ids.flatten().tolist()))
             at = (x.data_ptr(), num_rows, rows.data_ptr(), ids.data_ptr(), 0, 0, num_slots, out.data_ptr())
             bank = self._banks[i % len(self._banks)]
             calls.append(partial(_with, (x, out, rows, ids), native.grouped_ffn, bank.address, *at))

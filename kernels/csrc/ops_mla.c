@@ -7,6 +7,8 @@
 #include "ops.h"
 #include "pool.h"
 
+#define ABSORBED_ROWS 128 /* at a time, so that the caches hold their queries in latent form and what comes of them */
+
 static int64_t query_width(const Mla *m) { return m->query_up->num_in; }
 static int64_t key_width(const Mla *m) { return m->latent_down->num_out; }
 static int64_t rope_width(const Mla *m) { return key_width(m) - m->latent_width; }
@@ -95,14 +97,17 @@ static int reserve_stages(const Mla *m, const MlaBatch *b, Stages *s)
     const int64_t query = m->query_up->num_out, latent = m->num_heads * m->latent_width;
     const int64_t values = m->num_heads * m->value_up->num_out, some = b->expanded_until != NULL;
     const int64_t per_row[] = {query, latent, latent, values, some * query, some * values, some, some};
+    const int64_t at_once = b->num_rows < ABSORBED_ROWS ? b->num_rows : ABSORBED_ROWS;
+    const int64_t num_rows[] = {b->num_rows, at_once, at_once, b->num_rows, b->num_rows, b->num_rows, b->num_rows,
+                                b->num_rows};
     float *stages[8];
     int64_t floats = 0;
     for (int i = 0; i < 8; i++)
-        floats += round_up(b->num_rows * per_row[i], 16);
+        floats += round_up(num_rows[i] * per_row[i], 16);
     float *at = pool_buffer(1, floats * (int64_t)sizeof(float));
     for (int i = 0; at && i < 8; i++) {
         stages[i] = at;
-        at += round_up(b->num_rows * per_row[i], 16);
+        at += round_up(num_rows[i] * per_row[i], 16);
     }
     if (at)
         *s = (Stages){stages[0], stages[1], stages[2], stages[3], stages[4], stages[5], (int32_t *)stages[6],
@@ -110,22 +115,36 @@ static int reserve_stages(const Mla *m, const MlaBatch *b, Stages *s)
     return at != NULL;
 }
 
-static const char *attend_absorbed(const Mla *m, const MlaBatch *b, const Rows *rows, const Stages *s,
-                                   const float *cache, int64_t num_blocks)
+/* Rows [start, stop): what lies between the queries and the values is several times as wide as they are. */
+static const char *attend_some(const Mla *m, const MlaBatch *b, const Rows *rows, int64_t start, int64_t stop,
+                               const Stages *s, const float *cache, int64_t num_blocks)
 {
     const int64_t head = query_head(m), plain = head - rope_width(m), stride = m->num_heads * head;
-    const int64_t latent = m->latent_width;
-    const char *wrong = op_heads(m->key_up, m->num_heads, m->key_head_bytes, rows->query, stride, head,
-                                 rows->num_rows, s->latent);
-    Attention a = {{cache, b->tables, rows->row_seq, rows->positions, rows->num_rows, num_blocks, b->num_seqs,
-                    b->max_blocks},
-                   s->latent, rows->query + plain, s->attended, {m->num_heads * latent, latent}, {stride, head},
+    const int64_t latent = m->latent_width, num_rows = stop - start;
+    const float *query = rows->query + start * stride;
+    const char *wrong =
+        op_heads(m->key_up, m->num_heads, m->key_head_bytes, query, stride, head, num_rows, s->latent);
+    Attention a = {{cache, b->tables, rows->row_seq + start, rows->positions + start, num_rows, num_blocks,
+                    b->num_seqs, b->max_blocks},
+                   s->latent, query + plain, s->attended, {m->num_heads * latent, latent}, {stride, head},
                    m->num_heads, latent, rope_width(m), (float)m->scale};
     if (!wrong)
         wrong = op_attention(&a);
     return wrong ? wrong
                  : op_heads(m->value_up, m->num_heads, m->value_head_bytes, s->attended, m->num_heads * latent, latent,
-                            rows->num_rows, rows->values);
+                            num_rows, rows->values + start * m->num_heads * m->value_up->num_out);
+}
+
+static const char *attend_absorbed(const Mla *m, const MlaBatch *b, const Rows *rows, const Stages *s,
+                                   const float *cache, int64_t num_blocks)
+{
+    const char *wrong = NULL;
+    for (int64_t start = 0; !wrong && start < rows->num_rows; start += ABSORBED_ROWS) {
+        const int64_t left = rows->num_rows - start;
+        const int64_t stop = start + (left < ABSORBED_ROWS ? left : ABSORBED_ROWS);
+        wrong = attend_some(m, b, rows, start, stop, s, cache, num_blocks);
+    }
+    return wrong;
 }
 
 static const char *attend_expanded(const Mla *m, const MlaBatch *b, const Rows *rows, const float *cache,
