@@ -12,7 +12,7 @@ import torch
 from kernels.runtime import native
 
 PANEL = 32
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
 _HUGE_PAGE = 2 << 20
 

@@ -9,7 +9,7 @@
 #define ROW_CHUNK 96  /* most rows one task carries through a panel */
 #define KEY_BLOCK 32  /* positions of one block of the latent cache */
 
-enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, NUM_KINDS };
+enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, KIND_INT8, NUM_KINDS };
 enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
 
 /* A weight matrix [num_out, num_in] in panels [num_panels][num_in][32]. Every field is 8 bytes wide: Python fills this
@@ -17,13 +17,13 @@ enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
    column 16 + i at place 2i + 1, so that one load and one shift or mask give two vectors of neighbouring columns. */
 typedef struct {
     const uint8_t *panels;
-    const float *scales; /* fp8: [num_panels][scale blocks][scale_width] */
+    const float *scales; /* fp8 and int8: [num_panels][scale blocks][scale_width] */
     int64_t kind, num_out, num_in, num_shards;
     int64_t panel_stride; /* bytes from one panel to the next */
     int64_t scale_stride; /* floats from the scales of one panel to the next */
-    int64_t block_cols;   /* fp8: columns (k) under one scale */
-    int64_t block_phase;  /* fp8: columns of the first scale block that lie before column 0 of this matrix */
-    int64_t scale_width;  /* fp8: 1 = one scale for the panel, 32 = one for each of its columns */
+    int64_t block_cols;   /* fp8, int8: columns (k) under one scale */
+    int64_t block_phase;  /* fp8, int8: columns of the first scale block that lie before column 0 of this matrix */
+    int64_t scale_width;  /* fp8, int8: 1 = one scale for the panel, 32 = one for each of its columns */
 } Matrix;
 
 /* All experts of one layer; the matrices are those of expert 0, the strides lead to the next expert. */
