@@ -8,6 +8,7 @@ from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
 from kernels.linear import PackedLinear, linear, normed_linear, pack_linear
 from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
+from kernels.quantization import INT8_BLOCK, quantize
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
 from kernels.runtime import (
@@ -24,6 +25,7 @@ from kernels.slots import SlotPlan, plan_slots
 
 __all__ = [
     "BEST",
+    "INT8_BLOCK",
     "KEY_BLOCK",
     "NOT_FINITE",
     "NO_TOKEN",
@@ -65,6 +67,7 @@ __all__ = [
     "pack_heads",
     "pack_linear",
     "plan_slots",
+    "quantize",
     "rms_norm",
     "rope_",
     "route",

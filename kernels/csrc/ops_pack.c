@@ -117,6 +117,32 @@ const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int6
     return found_nan ? "the fp8 weight contains NaN" : NULL;
 }
 
+typedef struct {
+    const Quantize *q;
+    _Atomic int *found_infinite;
+} QuantizeJob;
+
+#define QUANTIZE_ROWS 16 /* rows of one task */
+
+static void quantize_task(const void *argument, int64_t index, void *scratch)
+{
+    const QuantizeJob *job = argument;
+    const int64_t stop = (index + 1) * QUANTIZE_ROWS;
+    (void)scratch;
+    for (int64_t row = index * QUANTIZE_ROWS; row < (stop < job->q->num_rows ? stop : job->q->num_rows); row++)
+        if (!op_table()->quantize(job->q, row))
+            atomic_store(job->found_infinite, 1);
+}
+
+const char *op_quantize(const Quantize *q)
+{
+    _Atomic int found_infinite = 0;
+    QuantizeJob job = {q, &found_infinite};
+    pool_run(quantize_task, &job, (q->num_rows + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS,
+             q->num_rows * q->num_in < (1 << 15));
+    return found_infinite ? "the weight to quantize contains NaN or infinity" : NULL;
+}
+
 void op_advise_huge_pages(void *start, int64_t bytes)
 {
 #if defined(MADV_HUGEPAGE)
