@@ -108,6 +108,16 @@ class BlockScale:
         """The same scales on another device."""
         return replace(self, scale_inv=self.scale_inv.to(device))
 
+    def transposed(self) -> BlockScale:
+        """The scales of the transposed weight [K, N]."""
+        return BlockScale(
+            scale_inv=self.scale_inv.T,
+            rows=self.cols,
+            cols=self.rows,
+            row_phase=self.col_phase,
+            col_phase=self.row_phase,
+        )
+
     def expand(self, num_out: int, num_in: int) -> torch.Tensor:
         """The scale of each element, [N, K]."""
         device = self.scale_inv.device

@@ -11,7 +11,7 @@ import torch
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
-from moemesh.mesh_plan import placement_of, threads_per_rank
+from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
 from moemesh.model_loader import ModelLoader
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
@@ -62,6 +62,7 @@ def serve_rank(options: EngineOptions, rank: int, num_ranks: int, control: Contr
         rank=rank,
         device=device,
         weight_dtype=_weight_dtype(options),
+        quantization=quantization(options),
         report=_Reporter(control, rank).report,
     ).load()
     engine = build_rank(model, mesh, placement, link=link, control=control, device=device)
