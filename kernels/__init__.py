@@ -3,6 +3,7 @@
 from kernels.attention import KEY_BLOCK, expanded_attention, mla_attention
 from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
+from kernels.files import read_into
 from kernels.heads import PackedHeads, head_linear, pack_heads
 from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
 from kernels.linear import PackedLinear, linear, normed_linear, pack_linear
@@ -68,6 +69,7 @@ __all__ = [
     "pack_linear",
     "plan_slots",
     "quantize",
+    "read_into",
     "rms_norm",
     "rope_",
     "route",

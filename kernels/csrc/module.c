@@ -2,6 +2,7 @@
    dtypes; every operation releases the GIL and raises ValueError with what the driver found wrong. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
 
 #include <stdatomic.h>
 #include <time.h>
@@ -156,6 +157,28 @@ OPERATION(quantize, "piiiiipp", run_quantize(v))
 OPERATION(advise_huge_pages, "pi", (op_advise_huge_pages(v[0].p, v[1].i), (const char *)NULL))
 OPERATION(read_all, "pip", (*(uint64_t *)v[2].p = op_read_all(v[0].p, v[1].i), (const char *)NULL))
 
+/* Raises OSError, and EOFError where the file ends too early. */
+static PyObject *py_read_file(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+{
+    Value v[MAX_ARGUMENTS];
+    int64_t done;
+    (void)module;
+    if (parse(args, num_args, "iiip", v) != 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pool_enter();
+    done = op_read_file((int)v[0].i, v[1].i, v[2].i, v[3].p);
+    pool_leave();
+    Py_END_ALLOW_THREADS
+    if (done < 0) {
+        errno = (int)-done;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (done < v[2].i)
+        return PyErr_Format(PyExc_EOFError, "%lld of %lld bytes are there", (long long)done, (long long)v[2].i);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_select(PyObject *module, PyObject *name)
 {
     const char *isa = name == Py_None ? NULL : PyUnicode_AsUTF8(name);
@@ -209,8 +232,8 @@ static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
     FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
-    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(layers), FAST(pack), FAST(quantize), FAST(advise_huge_pages),
-    FAST(read_all),
+    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(layers), FAST(pack), FAST(quantize), FAST(read_file),
+    FAST(advise_huge_pages), FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {"nanoseconds", py_nanoseconds, METH_NOARGS, NULL},

@@ -67,6 +67,8 @@ const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int6
                     int interleave, int refuse_nan, void *panels, int64_t panel_stride);
 const char *op_quantize(const Quantize *q);
 void op_advise_huge_pages(void *start, int64_t bytes);
+/* Reads bytes of a file from an offset to memory, all threads together: how many were there, or -errno. */
+int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target);
 uint64_t op_read_all(const void *start, int64_t bytes); /* reads memory as fast as it goes, for benchmarks */
 
 #endif

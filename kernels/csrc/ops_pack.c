@@ -1,8 +1,10 @@
-/* Packing of weights into panels, and what benchmarks need to know about the memory. */
+/* Reading of weights, packing into panels, and what benchmarks need to know about the memory. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "ops.h"
 #include "pool.h"
@@ -154,6 +156,43 @@ void op_advise_huge_pages(void *start, int64_t bytes)
     (void)start;
     (void)bytes;
 #endif
+}
+
+typedef struct {
+    int file;
+    int64_t offset, bytes;
+    uint8_t *target;
+    _Atomic int64_t *done;
+    _Atomic int *error;
+} FileRead;
+
+#define FILE_PIECE (1 << 17) /* bytes of one task */
+
+static void file_task(const void *argument, int64_t index, void *scratch)
+{
+    const FileRead *r = argument;
+    const int64_t end = (index + 1) * FILE_PIECE, stop = end < r->bytes ? end : r->bytes;
+    (void)scratch;
+    for (int64_t at = index * FILE_PIECE; at < stop;) {
+        const ssize_t got = pread(r->file, r->target + at, stop - at, r->offset + at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            atomic_store(r->error, errno);
+        if (got <= 0)
+            return;
+        atomic_fetch_add(r->done, got);
+        at += got;
+    }
+}
+
+int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target)
+{
+    _Atomic int64_t done = 0;
+    _Atomic int error = 0;
+    FileRead r = {file, offset, bytes, target, &done, &error};
+    pool_run(file_task, &r, (bytes + FILE_PIECE - 1) / FILE_PIECE, 0);
+    return error ? -error : done;
 }
 
 typedef struct {
