@@ -57,15 +57,15 @@ def pack_heads(
     packed_scales: tuple[panels.PanelScale | panels.BlockScale, ...]
     matrices = None
     if device.type == "cpu" and native_available():
-        packed_scales = tuple(scale.for_panels(num_out) for scale in scales)
+        panel_scales = tuple(scale.for_panels(num_out) for scale in scales)
         stride = panels.panel_bytes(num_in, dtype)
         head_bytes = panels.num_panels(num_out) * stride
         weight = panels.allocate(num_heads * head_bytes).view(num_heads, head_bytes)
         words = []
-        for data, source, scale in zip_longest(weight, weight_nNK, packed_scales):
+        for data, source, scale in zip_longest(weight, weight_nNK, panel_scales):
             panels.pack_into(data, source, stride)
             words += panels.matrix_fields(data.data_ptr(), dtype, (num_out, num_in), scale=scale, panel_stride=stride)
-        matrices = torch.tensor(words, dtype=torch.int64)
+        matrices, packed_scales = torch.tensor(words, dtype=torch.int64), panel_scales
     else:
         packed_scales = tuple(scale.to(device) for scale in scales)
         weight = weight_nNK.to(device, copy=True).contiguous()
