@@ -3,11 +3,13 @@
 from kernels.attention import KEY_BLOCK, expanded_attention, mla_attention
 from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
+from kernels.files import read_into
 from kernels.heads import PackedHeads, head_linear, pack_heads
 from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
 from kernels.linear import PackedLinear, embed, linear, normed_linear, pack_linear
 from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
+from kernels.quantization import INT8_BLOCK, quantize
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
 from kernels.runtime import (
@@ -24,6 +26,7 @@ from kernels.slots import SlotPlan, plan_slots
 
 __all__ = [
     "BEST",
+    "INT8_BLOCK",
     "KEY_BLOCK",
     "NOT_FINITE",
     "NO_TOKEN",
@@ -66,6 +69,8 @@ __all__ = [
     "pack_heads",
     "pack_linear",
     "plan_slots",
+    "quantize",
+    "read_into",
     "rms_norm",
     "rope_",
     "route",

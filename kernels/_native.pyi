@@ -4,7 +4,6 @@ def linear(matrix_at: int, x_at: int, num_rows: int, y_at: int, /) -> None: ...
 def heads(
     matrix_at: int,
     num_heads: int,
-    head_bytes: int,
     x_at: int,
     row_stride: int,
     head_stride: int,
@@ -143,9 +142,7 @@ def attention(
 def expanded_attention(
     query_at: int,
     key_at: int,
-    key_head_bytes: int,
     value_at: int,
-    value_head_bytes: int,
     cache_at: int,
     tables_at: int,
     row_seq_at: int,
@@ -197,6 +194,18 @@ def pack(
     panel_stride: int,
     /,
 ) -> None: ...
+def quantize(
+    source_at: int,
+    kind: int,
+    row_bytes: int,
+    num_rows: int,
+    num_in: int,
+    block: int,
+    values_at: int,
+    scales_at: int,
+    /,
+) -> None: ...
+def read_file(file: int, offset: int, num_bytes: int, target_at: int, /) -> None: ...
 def advise_huge_pages(start_at: int, num_bytes: int, /) -> None: ...
 def read_all(start_at: int, num_bytes: int, sum_at: int, /) -> None: ...
 def select(isa: str | None, /) -> None: ...

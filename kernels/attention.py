@@ -99,15 +99,13 @@ def expanded_attention(
     require(block_tables, "block_tables", (None, None), torch.int32)
     require(row_seq, "row_seq", (num_rows,), torch.int32)
     require(positions, "positions", (num_rows,), torch.int32)
-    if key.matrix is None or value.matrix is None:
+    if key.matrices is None or value.matrices is None:
         return reference.expanded_attention(q_TnK, weights, cache, block_tables, row_seq, positions, scale)
     out_TnV = torch.empty((num_rows, num_heads, value.num_out))
     native.expanded_attention(
         q_TnK.data_ptr(),
         key.address,
-        key.head_bytes,
         value.address,
-        value.head_bytes,
         cache.data_ptr(),
         block_tables.data_ptr(),
         row_seq.data_ptr(),

@@ -5,6 +5,7 @@ Legend: T rows, S slots = (row, expert) pairs, H hidden, W width of an expert, E
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,7 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class PackedExperts:
     """Memory for num_experts experts of one shape, filled one by one with `load`. The object owns its memory.
 
-    gate and up are [W, H], down is [H, W]; all have one dtype. float8_e4m3fn comes with scales per block.
+    gate and up are [W, H], down is [H, W]; all have one dtype. float8_e4m3fn and int8 come with scales per block.
     A dense or shared feed-forward network is the case of one expert.
     """
 
@@ -35,8 +36,10 @@ class PackedExperts:
         panels.check_weight_dtype(dtype)
         if min(num_experts, hidden, width) < 1:
             raise ValueError(f"{num_experts} experts of hidden {hidden} and width {width}: all must be at least 1")
-        if (dtype == torch.float8_e4m3fn) != (block is not None):
-            raise ValueError(f"dtype {dtype} with block {block}; float8_e4m3fn needs a block size, others have none")
+        if (dtype in panels.SCALED) != (block is not None):
+            raise ValueError(
+                f"dtype {dtype} with block {block}; float8_e4m3fn and int8 need a block size, others have none"
+            )
         self.num_experts, self.hidden, self.width = num_experts, hidden, width
         self.dtype, self.block, self.device = dtype, block, torch.device(device)
         self.is_native = self.device.type == "cpu" and native_available()
@@ -46,8 +49,7 @@ class PackedExperts:
             self._allocate_panels()
         else:
             self._weights = [torch.empty((num_experts, *s), dtype=dtype, device=device) for s in self._shapes]
-        scales = [torch.ones((num_experts, *shape), device=self.device) for shape in self._scale_shapes]
-        self._scales = scales  # as the checkpoint has them
+            self._scales = [torch.ones((num_experts, *shape), device=device) for shape in self._scale_shapes]
 
     @classmethod
     def empty(
@@ -71,28 +73,33 @@ class PackedExperts:
         self._strides = (2 * size, 2 * size, down_size)
         self._expert_bytes = self._starts[2] + panels.num_panels(self.hidden) * down_size
         self._data = panels.allocate(self.num_experts * self._expert_bytes).view(self.num_experts, -1)
-        fields = [
-            panels.matrix_fields(
-                self._data.data_ptr() + self._starts[i], self.dtype, *self._shapes[i], panel_stride=self._strides[i]
-            )
-            for i in range(3)
-        ]
-        expert_scales = self._allocate_panel_scales(fields) if self.block else 0
-        words = [*fields[0], *fields[1], *fields[2], self.num_experts, self._expert_bytes, expert_scales]
+        self._panel_scales = self._allocate_panel_scales()
+        words: list[int] = []
+        for i in range(3):
+            at, scale = self._data.data_ptr() + self._starts[i], self._panel_scale(0, i)
+            stride = self._strides[i]
+            words += panels.matrix_fields(at, self.dtype, self._shapes[i], scale=scale, panel_stride=stride)
+        words += [self.num_experts, self._expert_bytes, self._panel_scales.shape[1]]
         self._struct = torch.tensor(words, dtype=torch.int64)  # struct Experts of csrc/kernels.h
         self.address = self._struct.data_ptr()
 
-    def _allocate_panel_scales(self, fields: list[list[int]]) -> int:
-        """Lay out the scales of an expert (gate, up, down); returns floats per expert."""
-        patterns = [self._block_scale(torch.ones(shape)) for shape in self._scale_shapes]
-        samples = [scale.for_panels(shape[0]) for scale, shape in zip(patterns, self._shapes, strict=True)]
-        starts = [0, *accumulate(sample.numel() for sample in samples)]
-        self._panel_scales = torch.ones((self.num_experts, starts[-1]))
-        self._scale_starts = starts
-        for i, sample in enumerate(samples):
-            at = self._panel_scales.data_ptr() + 4 * starts[i]
-            panels.set_scale_fields(fields[i], at, sample[0].numel(), patterns[i])
-        return starts[-1]
+    def _allocate_panel_scales(self) -> torch.Tensor:
+        """Room for the scales of gate, up and down as the kernel reads them: [E, floats of one expert]."""
+        samples = [
+            self._block_scale(torch.ones(shape)).for_panels(self._shapes[i][0])
+            for i, shape in enumerate(self._scale_shapes)
+        ]
+        self._scale_samples = samples
+        self._scale_starts = (0, *accumulate(sample.scales_PBW.numel() for sample in samples))
+        return torch.ones((self.num_experts, self._scale_starts[-1]))
+
+    def _panel_scale(self, slot: int, i: int) -> panels.PanelScale | None:
+        """The scales of matrix i of one expert, a view."""
+        if self.block is None:
+            return None
+        sample = self._scale_samples[i]
+        flat = self._panel_scales[slot, self._scale_starts[i] : self._scale_starts[i + 1]]
+        return replace(sample, scales_PBW=flat.view(sample.scales_PBW.shape))
 
     def _block_scale(self, scale_inv: torch.Tensor) -> panels.BlockScale:
         assert self.block is not None
@@ -101,8 +108,8 @@ class PackedExperts:
     @property
     def nbytes(self) -> int:
         """Bytes that weights and scales occupy."""
-        stored = [self._data, *([self._panel_scales] if self.block else [])] if self.is_native else self._weights
-        return sum(tensor.nbytes for tensor in [*stored, *self._scales])
+        stored = [self._data, self._panel_scales] if self.is_native else [*self._weights, *self._scales]
+        return sum(tensor.nbytes for tensor in stored)
 
     def load(
         self, slot: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scales: Weights | None = None
@@ -126,24 +133,25 @@ class PackedExperts:
     def _load_scale(self, slot: int, i: int, scale_inv: torch.Tensor) -> None:
         scale = self._block_scale(scale_inv.float())
         scale.check(*self._shapes[i])
-        self._scales[i][slot].copy_(scale_inv)
-        if self.is_native:
-            flat = scale.for_panels(self._shapes[i][0]).view(-1)
-            start = self._scale_starts[i]
-            self._panel_scales[slot, start : start + flat.numel()] = flat
+        if not self.is_native:
+            self._scales[i][slot].copy_(scale_inv)
+            return
+        place = self._panel_scale(slot, i)
+        assert place is not None
+        place.scales_PBW.copy_(scale.for_panels(self._shapes[i][0]).scales_PBW)
 
     def dense(self, slot: int) -> Weights:
         """gate, up and down of one expert as float32 copies."""
-        result = []
-        for i, (num_out, num_in) in enumerate(self._shapes):
-            if self.is_native:
-                data, stride = self._data[slot, self._starts[i] :], self._strides[i]
-                weight = panels.unpack(data, num_out, num_in, dtype=self.dtype, panel_stride=stride)
-            else:
-                weight = self._weights[i][slot]
+        gate, up, down = (self._dense(slot, i) for i in range(3))
+        return gate, up, down
+
+    def _dense(self, slot: int, i: int) -> torch.Tensor:
+        if not self.is_native:
             scale = self._block_scale(self._scales[i][slot]) if self.block else None
-            result.append(panels.dequantize(weight, scale))
-        return result[0], result[1], result[2]
+            return panels.dequantize(self._weights[i][slot], scale)
+        data, stride = self._data[slot, self._starts[i] :], self._strides[i]
+        weight = panels.unpack(data, *self._shapes[i], dtype=self.dtype, panel_stride=stride)
+        return panels.dequantize(weight, self._panel_scale(slot, i))
 
 
 def grouped_ffn(

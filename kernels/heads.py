@@ -5,7 +5,9 @@ Legend: T rows, n heads, N outputs, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -22,49 +24,50 @@ class PackedHeads:
     num_in: int
     dtype: torch.dtype
     device: torch.device
-    weight: torch.Tensor  # panels (bytes) of all heads if native, else [n, N, K]
-    matrix: torch.Tensor | None  # struct Matrix of head 0; None: not native
-    address: int
-    head_bytes: int
+    weight: torch.Tensor  # panels (bytes) of all heads if native, [n, bytes], else [n, N, K]
+    scales: tuple[panels.PanelScale | panels.BlockScale, ...]  # one for each head, or none; the former if native
+    matrices: torch.Tensor | None  # struct Matrix of each head; None: not native
+    address: int  # of matrices
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes
+        """Bytes that weights and scales occupy."""
+        return self.weight.nbytes + sum(scale.nbytes for scale in self.scales)
 
     def dense(self) -> torch.Tensor:
         """The weights as float32 [num_heads, num_out, num_in], a copy."""
-        if self.matrix is None:
-            return self.weight.float()
-        stride = panels.panel_bytes(self.num_in, self.dtype)
-        heads = self.weight.view(self.num_heads, self.head_bytes)
-        unpacked = [
-            panels.unpack(head, self.num_out, self.num_in, dtype=self.dtype, panel_stride=stride) for head in heads
-        ]
-        return torch.stack(unpacked).float()
+        return torch.stack([self._dense(head) for head in range(self.num_heads)])
+
+    def _dense(self, head: int) -> torch.Tensor:
+        weight = self.weight[head]
+        if self.matrices is not None:
+            stride = panels.panel_bytes(self.num_in, self.dtype)
+            weight = panels.unpack(weight, self.num_out, self.num_in, dtype=self.dtype, panel_stride=stride)
+        return panels.dequantize(weight, self.scales[head] if self.scales else None)
 
 
-def pack_heads(weight_nNK: torch.Tensor, *, device: torch.device | str = "cpu") -> PackedHeads:
-    """Pack one weight [N, K] per head (float32, bfloat16 or float16); the result owns its memory."""
-    if weight_nNK.dim() != 3 or 0 in weight_nNK.shape:
-        raise ValueError(
-            f"weight has shape {tuple(weight_nNK.shape)}, must be (heads, outputs, inputs), none of them 0"
-        )
-    dtype = weight_nNK.dtype
-    panels.check_weight_dtype(dtype)
-    if dtype == torch.float8_e4m3fn:
-        raise ValueError("per-head weights cannot be float8_e4m3fn; pass kernels.dequantize(weight, scale) instead")
+def pack_heads(
+    weight_nNK: torch.Tensor, *, scales: Sequence[panels.BlockScale] = (), device: torch.device | str = "cpu"
+) -> PackedHeads:
+    """Pack one weight [N, K] per head; the result owns its memory. float8_e4m3fn and int8 need one of `scales` for
+    each head. Raises ValueError."""
+    _check(weight_nNK, scales)
     num_heads, num_out, num_in = weight_nNK.shape
-    device = torch.device(device)
-    stride = panels.panel_bytes(num_in, dtype)
-    head_bytes = panels.num_panels(num_out) * stride
-    matrix = None
+    dtype, device = weight_nNK.dtype, torch.device(device)
+    packed_scales: tuple[panels.PanelScale | panels.BlockScale, ...]
+    matrices = None
     if device.type == "cpu" and native_available():
-        weight = panels.allocate(num_heads * head_bytes)
-        for head in range(num_heads):
-            panels.pack_into(weight[head * head_bytes :], weight_nNK[head], stride)
-        fields = panels.matrix_fields(weight.data_ptr(), dtype, num_out, num_in, panel_stride=stride)
-        matrix = torch.tensor(fields, dtype=torch.int64)
+        panel_scales = tuple(scale.for_panels(num_out) for scale in scales)
+        stride = panels.panel_bytes(num_in, dtype)
+        head_bytes = panels.num_panels(num_out) * stride
+        weight = panels.allocate(num_heads * head_bytes).view(num_heads, head_bytes)
+        words = []
+        for data, source, scale in zip_longest(weight, weight_nNK, panel_scales):
+            panels.pack_into(data, source, stride)
+            words += panels.matrix_fields(data.data_ptr(), dtype, (num_out, num_in), scale=scale, panel_stride=stride)
+        matrices, packed_scales = torch.tensor(words, dtype=torch.int64), panel_scales
     else:
+        packed_scales = tuple(scale.to(device) for scale in scales)
         weight = weight_nNK.to(device, copy=True).contiguous()
     return PackedHeads(
         num_heads=num_heads,
@@ -73,10 +76,24 @@ def pack_heads(weight_nNK: torch.Tensor, *, device: torch.device | str = "cpu") 
         dtype=dtype,
         device=device,
         weight=weight,
-        matrix=matrix,
-        address=0 if matrix is None else matrix.data_ptr(),
-        head_bytes=head_bytes,
+        scales=packed_scales,
+        matrices=matrices,
+        address=0 if matrices is None else matrices.data_ptr(),
     )
+
+
+def _check(weight_nNK: torch.Tensor, scales: Sequence[panels.BlockScale]) -> None:
+    if weight_nNK.dim() != 3 or 0 in weight_nNK.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight_nNK.shape)}, must be (heads, outputs, inputs), none of them 0"
+        )
+    panels.check_weight_dtype(weight_nNK.dtype)
+    num_heads, num_out, num_in = weight_nNK.shape
+    wanted = num_heads if weight_nNK.dtype in panels.SCALED else 0
+    if len(scales) != wanted:
+        raise ValueError(f"{len(scales)} scales for {num_heads} heads of {weight_nNK.dtype}, must be {wanted}")
+    for scale in scales:
+        scale.check(num_out, num_in)
 
 
 def head_linear(x_TnK: torch.Tensor, packed: PackedHeads) -> torch.Tensor:
@@ -86,7 +103,7 @@ def head_linear(x_TnK: torch.Tensor, packed: PackedHeads) -> torch.Tensor:
         raise ValueError(f"x is {x_TnK.dtype} {tuple(x_TnK.shape)}, must be float32 (rows, {wanted[0]}, {wanted[1]})")
     if x_TnK.stride(2) != 1 and packed.num_in > 1:
         raise ValueError(f"the last dim of x has stride {x_TnK.stride(2)}, must be 1; call .contiguous() first")
-    if packed.matrix is None:
+    if packed.matrices is None:
         return reference.head_linear(x_TnK, packed)
     num_rows = x_TnK.shape[0]
     y_TnN = torch.empty((num_rows, packed.num_heads, packed.num_out))
@@ -94,7 +111,6 @@ def head_linear(x_TnK: torch.Tensor, packed: PackedHeads) -> torch.Tensor:
     native.heads(
         packed.address,
         packed.num_heads,
-        packed.head_bytes,
         x_TnK.data_ptr(),
         strides[0],
         strides[1],

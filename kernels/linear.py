@@ -27,16 +27,14 @@ class PackedLinear:
     dtype: torch.dtype
     device: torch.device
     weight: torch.Tensor  # panels (bytes) if native, else [N, K]
-    scale: panels.BlockScale | None
-    panel_scales: torch.Tensor | None
+    scale: panels.PanelScale | panels.BlockScale | None  # the former if native
     matrix: torch.Tensor | None  # struct Matrix of csrc/kernels.h; None: not native
     address: int  # of matrix
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weight and its scales occupy."""
-        scales = 0 if self.scale is None else self.scale.scale_inv.nbytes
-        return self.weight.nbytes + scales + (0 if self.panel_scales is None else self.panel_scales.nbytes)
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def dense(self) -> torch.Tensor:
         """The weight as float32 [num_out, num_in], a copy."""
@@ -58,21 +56,22 @@ def pack_linear(
 ) -> PackedLinear:
     """Pack a weight; the result owns its memory.
 
-    float8_e4m3fn needs `scale_inv`, the scales of exactly the blocks (`block` rows by columns) that the weight
+    float8_e4m3fn and int8 need `scale_inv`, the scales of exactly the blocks (`block` rows by columns) that the weight
     touches; `offset` is the (row, column) of the weight's first element in the matrix that the blocks were laid over,
     so that a slice computes the same bits as its part of the whole. With num_shards > 1 (a power of two that divides
     K) the sum over K is cut in that many equal pieces, added in a balanced binary tree: the product of whole and
     `tree_add` of the products of its aligned power-of-two parts are equal to the bit. Raises ValueError.
     """
     num_out, num_in = _check_shape(weight_NK, num_shards)
-    scale = _scale_of(weight_NK, scale_inv, block, offset)
+    block_scale = _scale_of(weight_NK, scale_inv, block, offset)
     device = torch.device(device)
-    panel_scales = matrix = None
+    scale: panels.PanelScale | panels.BlockScale | None
+    matrix = None
     if device.type == "cpu" and native_available():
-        weight, panel_scales, matrix = _to_panels(weight_NK, scale, num_shards)
+        weight, scale, matrix = _to_panels(weight_NK, block_scale, num_shards)
     else:
         weight = weight_NK.to(device, copy=True).contiguous()
-        scale = None if scale is None else scale.to(device)
+        scale = None if block_scale is None else block_scale.to(device)
     return PackedLinear(
         num_out=num_out,
         num_in=num_in,
@@ -81,7 +80,6 @@ def pack_linear(
         device=device,
         weight=weight,
         scale=scale,
-        panel_scales=panel_scales,
         matrix=matrix,
         address=0 if matrix is None else matrix.data_ptr(),
     )
@@ -158,9 +156,11 @@ def _check_shape(weight_NK: torch.Tensor, num_shards: int) -> tuple[int, int]:
 def _scale_of(
     weight_NK: torch.Tensor, scale_inv: torch.Tensor | None, block: tuple[int, int], offset: tuple[int, int]
 ) -> panels.BlockScale | None:
-    if (weight_NK.dtype == torch.float8_e4m3fn) != (scale_inv is not None):
+    if (weight_NK.dtype in panels.SCALED) != (scale_inv is not None):
         given = "without" if scale_inv is None else "with"
-        raise ValueError(f"weight is {weight_NK.dtype} {given} scale_inv; float8_e4m3fn needs it, others have none")
+        raise ValueError(
+            f"weight is {weight_NK.dtype} {given} scale_inv; float8_e4m3fn and int8 need it, others have none"
+        )
     if scale_inv is None:
         return None
     scale = panels.BlockScale(
@@ -175,16 +175,15 @@ def _scale_of(
 
 
 def _to_panels(
-    weight_NK: torch.Tensor, scale: panels.BlockScale | None, num_shards: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    weight_NK: torch.Tensor, block_scale: panels.BlockScale | None, num_shards: int
+) -> tuple[torch.Tensor, panels.PanelScale | None, torch.Tensor]:
     """Panels, scales as the kernel reads them, and the struct Matrix that points at both."""
     (num_out, num_in), dtype = weight_NK.shape, weight_NK.dtype
     stride = panels.panel_bytes(num_in, dtype)
     data = panels.allocate(panels.num_panels(num_out) * stride)
     panels.pack_into(data, weight_NK, stride)
-    fields = panels.matrix_fields(data.data_ptr(), dtype, num_out, num_in, num_shards=num_shards, panel_stride=stride)
-    panel_scales = None
-    if scale is not None:
-        panel_scales = scale.for_panels(num_out)
-        panels.set_scale_fields(fields, panel_scales.data_ptr(), panel_scales[0].numel(), scale)
-    return data, panel_scales, torch.tensor(fields, dtype=torch.int64)
+    scale = None if block_scale is None else block_scale.for_panels(num_out)
+    fields = panels.matrix_fields(
+        data.data_ptr(), dtype, (num_out, num_in), scale=scale, num_shards=num_shards, panel_stride=stride
+    )
+    return data, scale, torch.tensor(fields, dtype=torch.int64)

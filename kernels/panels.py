@@ -12,7 +12,8 @@ import torch
 from kernels.runtime import native
 
 PANEL = 32
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
+SCALED = (torch.float8_e4m3fn, torch.int8)
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
 _HUGE_PAGE = 2 << 20
 
@@ -76,7 +77,7 @@ def unpack(panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtyp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockScale:
-    """Scales of an fp8 weight [N, K], one for each block of `rows` by `cols` elements.
+    """Scales of an fp8 or int8 weight [N, K], one for each block of `rows` by `cols` elements.
 
     Element (n, k) is worth weight * scale_inv[(n + row_phase) // rows, (k + col_phase) // cols]; the phases say where
     the weight lies in its first block when it is a slice of a larger matrix.
@@ -99,9 +100,23 @@ class BlockScale:
                 "pass the scales of exactly the blocks that the weight touches"
             )
 
+    @property
+    def nbytes(self) -> int:
+        return self.scale_inv.nbytes
+
     def to(self, device: torch.device) -> BlockScale:
         """The same scales on another device."""
         return replace(self, scale_inv=self.scale_inv.to(device))
+
+    def transposed(self) -> BlockScale:
+        """The scales of the transposed weight [K, N]."""
+        return BlockScale(
+            scale_inv=self.scale_inv.T,
+            rows=self.cols,
+            cols=self.rows,
+            row_phase=self.col_phase,
+            col_phase=self.row_phase,
+        )
 
     def expand(self, num_out: int, num_in: int) -> torch.Tensor:
         """The scale of each element, [N, K]."""
@@ -114,29 +129,52 @@ class BlockScale:
         """1 when all columns of any panel share their scale, else 32."""
         return 1 if self.rows % PANEL == 0 and self.row_phase % PANEL == 0 else PANEL
 
-    def for_panels(self, num_out: int) -> torch.Tensor:
-        """The scales as the kernel reads them: [P, blocks along K, scale_width]."""
+    def for_panels(self, num_out: int) -> PanelScale:
+        """The same scales as the kernel reads them."""
         width = self.scale_width()
         first = torch.arange(num_panels(num_out) * width) * (PANEL // width)
         row = (first.clamp(max=num_out - 1) + self.row_phase) // self.rows
         scales = self.scale_inv.float()[row]
-        return scales.view(-1, width, scales.shape[1]).transpose(1, 2).contiguous()
+        scales_PBW = scales.view(-1, width, scales.shape[1]).transpose(1, 2).contiguous()
+        return PanelScale(scales_PBW=scales_PBW, cols=self.cols, col_phase=self.col_phase)
 
 
-def dequantize(weight_NK: torch.Tensor, scale: BlockScale | None) -> torch.Tensor:
-    """The weight in float32, fp8 elements multiplied with their block's scale."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PanelScale:
+    """Scales in the order of panels: P panels, B blocks along K, W = 1 where a panel's columns share them, else 32."""
+
+    scales_PBW: torch.Tensor
+    cols: int
+    col_phase: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.scales_PBW.nbytes
+
+    def expand(self, num_out: int, num_in: int) -> torch.Tensor:
+        """The scale of each element, [N, K]."""
+        row, col = torch.arange(num_out), (torch.arange(num_in) + self.col_phase) // self.cols
+        return self.scales_PBW[row // PANEL, :, row % self.scales_PBW.shape[2]][:, col]
+
+
+def dequantize(weight_NK: torch.Tensor, scale: BlockScale | PanelScale | None) -> torch.Tensor:
+    """The weight in float32, fp8 and int8 elements multiplied with their block's scale."""
     dense = weight_NK.float()
     return dense if scale is None else dense * scale.expand(*weight_NK.shape)
 
 
 def matrix_fields(
-    panels_at: int, dtype: torch.dtype, num_out: int, num_in: int, *, num_shards: int = 1, panel_stride: int
+    panels_at: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    *,
+    scale: PanelScale | None = None,
+    num_shards: int = 1,
+    panel_stride: int,
 ) -> list[int]:
-    """The struct Matrix without scales, as int64 words in the order of csrc/kernels.h."""
-    return [panels_at, 0, KINDS[dtype], num_out, num_in, num_shards, panel_stride, 0, 0, 0, 1]
-
-
-def set_scale_fields(fields: list[int], scales_at: int, scale_stride: int, scale: BlockScale) -> None:
-    """Fill in the fields of a Matrix that fp8 needs; scale_stride is the number of scales of one panel."""
-    fields[1] = scales_at
-    fields[7:11] = [scale_stride, scale.cols, scale.col_phase, scale.scale_width()]
+    """The struct Matrix of a weight [N, K] = shape, as int64 words in the order of csrc/kernels.h."""
+    scale_words = (0, 0, 0, 0, 1)
+    if scale is not None:
+        num_blocks, width = scale.scales_PBW.shape[1:]
+        scale_words = (scale.scales_PBW.data_ptr(), num_blocks * width, scale.cols, scale.col_phase, width)
+    return [panels_at, scale_words[0], KINDS[dtype], *shape, num_shards, panel_stride, *scale_words[1:]]

@@ -29,6 +29,17 @@ def linear(x_TK: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     return tree_add([x @ weight.T for x, weight in shards])
 
 
+def quantize(weight_NK: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    num_out, num_in = weight_NK.shape
+    weight_NBk = F.pad(weight_NK.float(), (0, -num_in % block)).view(num_out, -1, block)
+    top_NB = weight_NBk.abs().amax(2)
+    if not top_NB.isfinite().all():
+        raise ValueError("the weight to quantize contains NaN or infinity")
+    scale_NB = (top_NB / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    values_NBk = (weight_NBk / scale_NB[:, :, None]).round().to(torch.int8)
+    return values_NBk.flatten(1)[:, :num_in].contiguous(), scale_NB
+
+
 def head_linear(x_TnK: torch.Tensor, packed: PackedHeads) -> torch.Tensor:
     return torch.einsum("tnk,njk->tnj", x_TnK, packed.dense())
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from mesh_config.errors import ConfigError
 from mesh_config.mesh import MeshConfig
-from mesh_config.model_shape import Fp8BlockConfig, ModelConfig, StoredDtype
+from mesh_config.model_shape import Fp8BlockConfig, ModelConfig, Quantization, StoredDtype
 from mesh_config.parameters import ParameterCounts, count_parameters
 from mesh_config.placement import Placement
 
 FLOAT32_BYTES = 4
 PROCESS_BYTES = 160 * 2**20  # private memory of a process that has imported torch and the transports (146 MiB measured)
+INT8_BLOCK = Fp8BlockConfig(block_rows=1, block_cols=128)  # what --quantization int8 has a scale for
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -59,15 +60,18 @@ def plan_memory(
     *,
     cache_tokens: int | None = None,
     weight_dtype: StoredDtype | None = None,
+    quantization: Quantization | None = None,
 ) -> MemoryPlan:
     """The MemoryPlan of `rank`.
 
     `cache_tokens` is the room for cached tokens to plan with: by default the mesh's `num_cache_blocks`, else what one
     sequence of `max_model_len` takes, the least that can serve every request. `weight_dtype` is the format that 16- and
-    32-bit weights are held in, by default the checkpoint's; FP8 stays FP8.
+    32-bit weights are held in, by default the checkpoint's; FP8 stays FP8. With `quantization` all
+    matrices but embedding and router are int8.
     """
     counts = count_parameters(model)
-    sizes = _WeightSizes(model.quantization, _DTYPE_BYTES[weight_dtype or model.dtype])
+    block = model.quantization if quantization is None else INT8_BLOCK
+    sizes = _WeightSizes(block, _DTYPE_BYTES[weight_dtype or model.dtype])
     attends = "attention" in mesh.roles(rank)
     hosted = sum(len(placement.experts_on(layer, rank)) for layer in placement.moe_layers)
     experts, workspace = sizes.matrix(hosted * counts.one_expert), _workspace_bytes(model, mesh, attends=attends)
@@ -84,7 +88,7 @@ def plan_memory(
         shared=sizes.matrix(counts.shared),
         router=counts.router * FLOAT32_BYTES,
         experts=experts,
-        head=(counts.head or counts.embedding) * sizes.plain,
+        head=sizes.head(counts.head or counts.embedding),
         cache=cache_tokens * cache_bytes_per_token(model),
         workspace=workspace,
     )
@@ -92,29 +96,28 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _WeightSizes:
-    block: Fp8BlockConfig | None
-    plain: int  # bytes of a weight that is not in FP8
+    block: Fp8BlockConfig | None  # of a weight of one byte; None: no weights are
+    plain: int  # bytes of other weights
 
     def matrix(self, parameters: int) -> int:
-        """Bytes of `parameters` weights of matrices that FP8 checkpoints quantise."""
+        """Bytes of `parameters` weights of the projections, which FP8 checkpoints and --quantization have in bytes."""
         if self.block is None:
             return parameters * self.plain
         return parameters + -(-parameters * FLOAT32_BYTES // (self.block.block_rows * self.block.block_cols))
 
-    @property
-    def by_head(self) -> int:
-        """Bytes of a weight of kv_b."""
-        return self.plain if self.block is None else FLOAT32_BYTES
+    def head(self, parameters: int) -> int:
+        """FP8 checkpoints keep it as it is; --quantization does not."""
+        return self.matrix(parameters) if self.block is INT8_BLOCK else parameters * self.plain
 
     def key_expand(self, model: ModelConfig, tp: int) -> int:
-        """The keys' part of kv_b once more, for the expanded form."""
-        per_layer = model.num_heads * model.qk_nope_head_dim * model.kv_lora_rank
-        return -(-model.num_layers * per_layer * self.by_head // tp)
+        """The keys' part of kv_b once more, for the expanded form: float32 where kv_b is int8."""
+        parameters = model.num_layers * model.num_heads * model.qk_nope_head_dim * model.kv_lora_rank
+        whole = parameters * FLOAT32_BYTES if self.block is INT8_BLOCK else self.matrix(parameters)
+        return -(-whole // tp)
 
     def attention(self, counts: ParameterCounts, tp: int) -> int:
-        """One rank's part. kv_b is held by heads, which cut FP8 blocks: FP8 values are float32 there; norms always."""
-        key_value_up = counts.key_value_up * self.by_head
-        split = self.matrix(counts.query_output) + key_value_up
+        """One rank's part; norms are float32."""
+        split = self.matrix(counts.query_output) + self.matrix(counts.key_value_up)
         return -(-split // tp) + self.matrix(counts.attention_replicated) + counts.norms * FLOAT32_BYTES
 
 

@@ -15,6 +15,7 @@ Architecture = Literal["DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"]
 Scoring = Literal["sigmoid", "softmax"]
 TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]  # what weights may be converted to while they are loaded
 
 MAX_LOGICAL_SHARDS = 16
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mesh_config import Fp8BlockConfig, ModelConfig
 from moemesh.checkpoint_index import read_index
 from moemesh.shard_file import CheckpointError, TensorInfo
+from moemesh.tensor_file import TensorFile
 from moemesh.weight_names import EMBEDDING, HEAD, SCALE_SUFFIX
 
 __all__ = ["Checkpoint", "CheckpointError", "LoadLedger", "StoredWeight", "TensorInfo"]
@@ -40,8 +39,7 @@ class StoredWeight:
 
 
 class Checkpoint:
-    """The tensors of a model folder. Reading maps the file and touches only the pages of the slice; a returned tensor
-    may be a view of the mapping and must not be written to.
+    """The tensors of a model folder, read when asked for, by rows; a returned tensor belongs to the caller.
 
     Attributes: `tensors` (name -> TensorInfo of all that is served, scales included), `set_aside` (names recognised
     and not served), `bytes_read` (so far, by slices).
@@ -52,7 +50,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = config
         self.bytes_read = 0
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
         index = read_index(self.folder, config)
         self.tensors = index.tensors
         self.set_aside = index.set_aside
@@ -99,7 +97,9 @@ class Checkpoint:
         return values * stored.scale_inv[row_blocks][:, column_blocks]
 
     def close(self) -> None:
-        """Forgets the mappings; tensors already returned stay valid."""
+        """Closes the files; they are opened again when needed."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def _block(self) -> Fp8BlockConfig:
@@ -115,14 +115,9 @@ class Checkpoint:
         for axis, part in enumerate((rows, columns)):
             if part is not None and not 0 <= part[0] <= part[1] <= info.shape[axis]:
                 raise CheckpointError((f"{info.path}: {name} has shape {list(info.shape)}, no {part} on axis {axis}",))
-        try:
-            if info.path not in self._files:
-                self._files[info.path] = safe_open(info.path, framework="pt")
-            tensor: torch.Tensor = self._files[info.path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError((f"{info.path}: {name} cannot be read: {error}",)) from error
-        if rows is not None:
-            tensor = tensor[rows[0] : rows[1]]
+        if info.path not in self._files:
+            self._files[info.path] = TensorFile(info.path)
+        tensor = self._files[info.path].read(info, rows)
         if columns is not None:
             tensor = tensor[:, columns[0] : columns[1]]
         self.bytes_read += tensor.numel() * tensor.element_size()

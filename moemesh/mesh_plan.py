@@ -18,7 +18,7 @@ from mesh_config import (
     make_mesh,
     plan_memory,
 )
-from mesh_config.model_shape import StoredDtype
+from mesh_config.model_shape import Quantization, StoredDtype
 from moemesh.checkpoint_index import read_index
 from moemesh.cuda_detection import cuda_is_usable
 from moemesh.options import EngineOptions
@@ -40,6 +40,7 @@ def plan_mesh(options: EngineOptions) -> MeshPlan:
     """Check model folder, mesh shape and memory, before any loading. Raises ConfigError or CheckpointError, with
     numbers."""
     model = load_model_config(options.model_folder)
+    _check_quantization(options, model)
     mesh = make_mesh(
         model,
         num_ranks=options.ranks,
@@ -75,6 +76,19 @@ def threads_per_rank(options: EngineOptions, ranks_on_host: int) -> int:
     return options.threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
 
 
+def quantization(options: EngineOptions) -> Quantization | None:
+    """What weights are converted to while they are loaded; None keeps them."""
+    return cast("Quantization | None", options.quantization)
+
+
+def _check_quantization(options: EngineOptions, model: ModelConfig) -> None:
+    if options.quantization is not None and model.quantization is not None:
+        raise ConfigError(
+            f"--quantization {options.quantization}: the checkpoint in {options.model_folder} is FP8 already, and is "
+            "served in that format: leave --quantization away"
+        )
+
+
 def _device(wanted: str) -> str:
     if wanted != "auto":
         return wanted
@@ -86,7 +100,7 @@ def memory_of(
 ) -> MemoryPlan:
     """What one rank of the planned mesh holds."""
     held = None if options.dtype == "auto" else cast(StoredDtype, options.dtype)
-    return plan_memory(model, mesh, placement, rank, weight_dtype=held)
+    return plan_memory(model, mesh, placement, rank, weight_dtype=held, quantization=quantization(options))
 
 
 def _cache_blocks(options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement) -> int:

@@ -3,7 +3,8 @@
 Shape legend: N heads, C latent rank, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from attention.rope import RotaryTable
 from experts import ExpertBank
 from gating import Router
 from mesh_config.mesh import MeshConfig
+from mesh_config.model_shape import Quantization
 from mesh_config.placement import Placement
 from moemesh.checkpoint import Checkpoint, LoadLedger, StoredWeight
 from moemesh.model import AttentionLayer, AttentionModel, RankModel
@@ -40,7 +42,11 @@ Report = Callable[[int, int], None]
 
 
 class ModelLoader:
-    """Loads one rank's share. `weight_dtype` None keeps the format that the checkpoint has."""
+    """Loads one rank's share. `weight_dtype` None keeps the format that the checkpoint has.
+
+    `quantization` converts all matrices but embedding and router, whose checkpoint must not be FP8. Its blocks are laid
+    over whole matrices (over each head's in kv_b), so that a slice holds the same numbers whoever loads it.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class ModelLoader:
         rank: int,
         device: torch.device,
         weight_dtype: torch.dtype | None,
+        quantization: Quantization | None,
         report: Report,
     ) -> None:
         self._checkpoint = checkpoint
@@ -60,6 +67,7 @@ class ModelLoader:
         self._rank = rank
         self._device = device
         self._weight_dtype = weight_dtype
+        self._quantized = quantization == "int8"
         self._report = report
         self._books = LoadLedger(checkpoint, self._hosted_tensors())
 
@@ -97,13 +105,12 @@ class ModelLoader:
         """A bank holds one format. Where the checkpoint mixes them within a layer all of it is held in float32, on
         every rank, so that the arithmetic does not depend on who hosts what."""
         dtype = self._common_dtype(same_format_as)
-        block = self._config.quantization if dtype is torch.float8_e4m3fn else None
         packed = kernels.PackedExperts.empty(
             len(prefixes),
             self._config.hidden_size,
             width,
             dtype=dtype,
-            block=None if block is None else (block.block_rows, block.block_cols),
+            block=self._block_of(dtype),
             device=self._device,
         )
         for slot, prefix in enumerate(prefixes):
@@ -115,7 +122,15 @@ class ModelLoader:
             self._report(*self._books.progress)
         return packed
 
+    def _block_of(self, dtype: torch.dtype) -> tuple[int, int] | None:
+        if dtype is torch.int8:
+            return 1, kernels.INT8_BLOCK
+        block = self._config.quantization if dtype is torch.float8_e4m3fn else None
+        return None if block is None else (block.block_rows, block.block_cols)
+
     def _common_dtype(self, prefixes: Iterable[str]) -> torch.dtype:
+        if self._quantized:
+            return torch.int8
         names = [f"{prefix}{name}_proj.weight" for prefix in prefixes for name in ("gate", "up", "down")]
         stored = {self._checkpoint.tensors[name].dtype for name in names}
         if stored == {_STORED_NAMES[torch.float8_e4m3fn]}:
@@ -126,6 +141,8 @@ class ModelLoader:
         return held[0] if held else torch.float32
 
     def _matrix(self, name: str, dtype: torch.dtype) -> StoredWeight:
+        if dtype is torch.int8:
+            return self._read_quantized(name)
         if self._checkpoint.tensors[name].dtype == _STORED_NAMES[dtype]:
             return self._books.weight(name)
         return StoredWeight(values=self._books.float32(name).to(dtype))
@@ -134,16 +151,16 @@ class ModelLoader:
 
     def _load_attention_model(self) -> AttentionModel:
         config = self._config
-        embedding = self._cast(self._books.tensor(EMBEDDING))
+        embedding = self._books.tensor(EMBEDDING)
         layers = tuple(self._load_layer(layer) for layer in range(config.num_layers))
-        head = embedding if config.tie_word_embeddings else self._cast(self._books.tensor(HEAD))
+        head = embedding if config.tie_word_embeddings else self._books.tensor(HEAD)
         return AttentionModel(
             config=config,
             rotary=RotaryTable(config, self._mesh.max_model_len, self._device),
-            embedding_VH=embedding.to(self._device, copy=True),
+            embedding_VH=self._cast(embedding).to(self._device, copy=True),
             layers=layers,
             final_norm=self._vector(FINAL_NORM),
-            head=kernels.pack_linear(head, device=self._device),
+            head=self._pack(_quantized(head) if self._quantized else StoredWeight(values=head)),
         )
 
     def _load_layer(self, layer: int) -> AttentionLayer:
@@ -179,8 +196,6 @@ class ModelLoader:
         heads = (low * heads_per_shard, high * heads_per_shard)
         compressed = config.q_lora_rank is not None
         query_up = f"{prefix}q_b_proj.weight" if compressed else f"{prefix}q_proj.weight"
-        keys, values = self._load_key_value_up(f"{prefix}kv_b_proj.weight", heads)
-        expands = self._mesh.prefill_attention == "expanded"
         weights = kernels.MlaWeights(
             query_down=self._linear(f"{prefix}q_a_proj.weight") if compressed else None,
             query_down_bias=self._bias(f"{prefix}q_a_proj.bias") if compressed else None,
@@ -189,9 +204,7 @@ class ModelLoader:
             latent_down=self._linear(f"{prefix}kv_a_proj_with_mqa.weight"),
             latent_down_bias=self._bias(f"{prefix}kv_a_proj_with_mqa.bias"),
             latent_norm=self._vector(f"{prefix}kv_a_layernorm.weight"),
-            key_up=kernels.pack_heads(keys.mT.contiguous(), device=self._device),
-            value_up=kernels.pack_heads(values, device=self._device),
-            key_expand=kernels.pack_heads(keys, device=self._device) if expands else None,
+            **self._load_key_value_up(f"{prefix}kv_b_proj.weight", heads),
             output=tuple(
                 self._load_output(f"{prefix}o_proj.weight", subtree, heads_per_shard)
                 for subtree in maximal_subtrees(low, high, shards)
@@ -202,28 +215,60 @@ class ModelLoader:
         )
         return MultiHeadLatentAttention(weights, self._bias(f"{prefix}o_proj.bias"))
 
-    def _load_key_value_up(self, name: str, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """kv_b_proj cut into heads, [heads, width, latent rank] each: the keys' part and the values'.
-
-        FP8 blocks cut across the two parts, so FP8 is held as float32 here.
-        """
+    def _load_key_value_up(self, name: str, heads: tuple[int, int]) -> dict[str, kernels.PackedHeads]:
+        """kv_b_proj cut into heads: the keys' part transposed (it is absorbed into the query), the values' as it is,
+        and the keys' part as it is where prompts are expanded."""
         config = self._config
-        per_head = config.qk_nope_head_dim + config.v_head_dim
-        rows = _scaled(heads, per_head)
-        if self._checkpoint.tensors[name].dtype == _STORED_NAMES[torch.float8_e4m3fn]:
-            weight = self._books.float32(name, rows=rows)
-        else:
-            weight = self._cast(self._books.rows(name, *rows))
-        weight_NPC = weight.view(heads[1] - heads[0], per_head, config.kv_lora_rank)
-        return weight_NPC[:, : config.qk_nope_head_dim], weight_NPC[:, config.qk_nope_head_dim :]
+        keys_end, per_head = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
+        stored = self._books.weight(name, rows=_scaled(heads, per_head))
+        weight_NPC = stored.values.view(heads[1] - heads[0], per_head, config.kv_lora_rank)
+        keys, values = weight_NPC[:, :keys_end], weight_NPC[:, keys_end:]
+        key_scales, value_scales = [], []
+        if stored.scale_inv is not None:
+            firsts = range(*_scaled(heads, per_head), per_head)
+            key_scales = [_scale_of_rows(stored, first, first + keys_end) for first in firsts]
+            value_scales = [_scale_of_rows(stored, first + keys_end, first + per_head) for first in firsts]
+        packed = {
+            "key_up": self._pack_heads(keys.mT, [scale.transposed() for scale in key_scales]),
+            "value_up": self._pack_heads(values, value_scales),
+        }
+        if self._mesh.prefill_attention == "expanded" and self._quantized:  # the same numbers; blocks lie across here
+            packed["key_expand"] = kernels.pack_heads(packed["key_up"].dense().mT, device=self._device)
+        elif self._mesh.prefill_attention == "expanded":
+            packed["key_expand"] = self._pack_heads(keys, key_scales)
+        return packed
+
+    def _pack_heads(self, weight_nNK: Tensor, scales: Sequence[kernels.BlockScale]) -> kernels.PackedHeads:
+        if scales:
+            return kernels.pack_heads(weight_nNK, scales=scales, device=self._device)
+        if not self._quantized:
+            return kernels.pack_heads(self._cast(weight_nNK), device=self._device)
+        values, scale_inv = kernels.quantize(weight_nNK.flatten(0, 1))
+        scales = [
+            kernels.BlockScale(scale_inv=of_head, rows=1, cols=kernels.INT8_BLOCK)
+            for of_head in scale_inv.view(*weight_nNK.shape[:2], -1)
+        ]
+        return kernels.pack_heads(values.view(weight_nNK.shape), scales=scales, device=self._device)
 
     def _load_output(self, name: str, subtree: tuple[int, int], heads_per_shard: int) -> kernels.PackedLinear:
         unit = heads_per_shard * self._config.v_head_dim
-        stored = self._books.weight(name, columns=_scaled(subtree, unit))
+        columns = _scaled(subtree, unit)
+        stored = self._read_quantized(name, columns) if self._quantized else self._books.weight(name, columns=columns)
         return self._pack(stored, num_shards=subtree[1] - subtree[0])
 
     def _linear(self, name: str, *, rows: tuple[int, int] | None = None) -> kernels.PackedLinear:
-        return self._pack(self._books.weight(name, rows=rows))
+        stored = self._books.weight(name, rows=rows)
+        return self._pack(_quantized(stored.values) if self._quantized else stored)
+
+    def _read_quantized(self, name: str, columns: tuple[int, int] | None = None) -> StoredWeight:
+        """A matrix, or some columns of it: then all columns of their blocks are read, which the scales depend on."""
+        num_in = self._checkpoint.tensors[name].shape[1]
+        start, stop = columns or (0, num_in)
+        block = kernels.INT8_BLOCK
+        first = start // block * block
+        whole = self._books.weight(name, columns=(first, min(num_in, -(-stop // block) * block)))
+        quantized = _quantized(whole.values)
+        return replace(quantized, values=quantized.values[:, start - first : stop - first], offset=(0, start))
 
     def _pack(self, stored: StoredWeight, *, num_shards: int = 1) -> kernels.PackedLinear:
         if stored.scale_inv is None:
@@ -249,3 +294,16 @@ class ModelLoader:
 
 def _scaled(part: tuple[int, int], factor: int) -> tuple[int, int]:
     return part[0] * factor, part[1] * factor
+
+
+def _quantized(weight: Tensor) -> StoredWeight:
+    values, scale_inv = kernels.quantize(weight)
+    return StoredWeight(values=values, scale_inv=scale_inv, block=(1, kernels.INT8_BLOCK))
+
+
+def _scale_of_rows(stored: StoredWeight, start: int, stop: int) -> kernels.BlockScale:
+    """The scales of rows [start, stop) of the matrix that `stored` is part of."""
+    assert stored.scale_inv is not None
+    block, skipped = stored.block[0], stored.offset[0] // stored.block[0]
+    rows = stored.scale_inv[start // block - skipped : -(-stop // block) - skipped]
+    return kernels.BlockScale(scale_inv=rows, rows=block, cols=stored.block[1], row_phase=start % block)

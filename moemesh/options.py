@@ -83,6 +83,13 @@ class EngineOptions(ModelOptions):
         one_of("auto", "float32", "bfloat16", "float16"),
         metavar="auto|float32|bfloat16|float16",
     )
+    quantization: str | None = flag(
+        None,
+        "convert weights while loading: int8 = 8 bits and a scale for each 128 inputs, of all matrices but embedding "
+        "and router (default: as the checkpoint has them)",
+        one_of("int8"),
+        metavar="int8",
+    )
     device: str = flag(
         "auto",
         "where ranks compute (auto: cuda where there is one)",

@@ -13,7 +13,7 @@ import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
 from moemesh.idle import IdleWait
-from moemesh.mesh_plan import placement_of, threads_per_rank
+from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
 from moemesh.model_loader import ModelLoader
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
@@ -76,6 +76,7 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
         rank=rank,
         device=device,
         weight_dtype=_weight_dtype(options),
+        quantization=quantization(options),
         report=_Reporter(control, rank).report,
     ).load()
     idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)

@@ -41,6 +41,11 @@ class TensorInfo:
     end: int  # of its bytes, counted from the start of the data
 
     @property
+    def begin(self) -> int:
+        """Of its bytes, counted as `end`."""
+        return self.end - self.nbytes
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -1,7 +1,8 @@
 """The oracle: what transformers computes from a checkpoint, and the checkpoints to compare on.
 
 `oracle_logprobs` and `oracle_greedy` run transformers' classes in float32, FP8 weights dequantised, whatever the engine
-does. `ORACLE_CASES` are tiny random models that differ in every field a config can set.
+does; with `int8` on what --quantization int8 makes of the weights.
+`ORACLE_CASES` are tiny random models that differ in every field a config can set.
 """
 
 from __future__ import annotations
@@ -29,21 +30,24 @@ __all__ = [
 ]
 
 
-def oracle_model(folder: str | Path) -> Any:
+def oracle_model(folder: str | Path, *, int8: bool = False) -> Any:
     """The folder's model in transformers' class, float32, FP8 weights dequantised; every tensor of it filled."""
     folder = Path(folder)
     values = json.loads((folder / "config.json").read_text())
     values.pop("quantization_config", None)
     arch = "v2" if values["architectures"] == ["DeepseekV2ForCausalLM"] else "v3"
     config = CLASSES[arch][0].from_dict(values)
+    tied, config.tie_word_embeddings = config.tie_word_embeddings, config.tie_word_embeddings and not int8
     model = build_model(arch, config)
     tensors = {
         name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
     }
     past_last = f"model.layers.{config.num_hidden_layers}."
     kept = {name: tensor for name, tensor in dequantize(tensors).items() if not name.startswith(past_last)}
-    if config.tie_word_embeddings:
+    if tied:
         kept["lm_head.weight"] = kept["model.embed_tokens.weight"]
+    if int8:
+        kept = {name: _through_int8(name, tensor, config) for name, tensor in kept.items()}
     model.load_state_dict(_fused_experts(kept), strict=True)
     model.eval()
     return model
@@ -51,9 +55,9 @@ def oracle_model(folder: str | Path) -> Any:
 
 @torch.no_grad()
 @one_thread()
-def oracle_logprobs(folder: str | Path, token_ids: Sequence[int]) -> torch.Tensor:
+def oracle_logprobs(folder: str | Path, token_ids: Sequence[int], *, int8: bool = False) -> torch.Tensor:
     """log_softmax of the next-token logits after each position: [T, V] float32."""
-    logits = oracle_model(folder)(torch.tensor([list(token_ids)]), use_cache=False).logits
+    logits = oracle_model(folder, int8=int8)(torch.tensor([list(token_ids)]), use_cache=False).logits
     return torch.log_softmax(logits[0].float(), dim=-1)
 
 
@@ -66,6 +70,30 @@ def oracle_greedy(folder: str | Path, prompt: Sequence[int], num_tokens: int) ->
     for _ in range(num_tokens):
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def _through_int8(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    """What remains of a weight in int8: matrices but embedding and router, by the inputs of each output.
+
+    kv_b_proj is absorbed into query and output by heads: the inputs of its keys' part are the elements of a key.
+    """
+    if tensor.dim() != 2 or not tensor.numel() or name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
+        return tensor
+    if not name.endswith("kv_b_proj.weight"):
+        return through_int8(tensor)
+    heads = tensor.view(config.num_attention_heads, -1, tensor.shape[1])
+    keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+    keys = through_int8(keys.transpose(1, 2)).transpose(1, 2)
+    return torch.cat((keys, through_int8(values)), 1).view(tensor.shape)
+
+
+def through_int8(weight: torch.Tensor) -> torch.Tensor:
+    """Each 128 neighbours of the last dimension, in float32, as integers from -127 to 127 times one scale."""
+    parts = []
+    for block in weight.split(128, -1):
+        scale = block.abs().amax(-1, keepdim=True) / 127
+        parts.append((block / scale).round() * scale)
+    return torch.cat(parts, -1)
 
 
 def _fused_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

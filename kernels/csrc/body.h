@@ -1,6 +1,7 @@
 /* The kernels themselves, compiled once per instruction set. The including file gives VL lanes (vf, vi) and the few
    operations that the vector extension lacks. Rules that keep every variant equal to the bit: lanes run over outputs,
    or over 16 virtual lanes added in one fixed tree; a product that is added is always fused; -ffp-contract=off. */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -69,6 +70,7 @@ INLINE vf vexp(vf x)
 INLINE float exp_one(float x) { return vexp(splat(x))[0]; }
 
 #include "body_gemm.h"
+#include "body_quantize.h"
 #include "body_rows.h"
 #include "body_sample.h"
 #include "body_route.h"
@@ -87,6 +89,7 @@ const KernelTable TABLE = {
     .exp_doubles = exp_doubles,
     .route = route,
     .combine = combine,
+    .quantize = quantize,
     .tree_add = tree_add,
     .attend = attend,
     .attend_segments = attend_segments,

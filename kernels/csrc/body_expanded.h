@@ -30,14 +30,12 @@ static float *find_bundle(const Expansion *x, int64_t row, float *memory, Bundle
 }
 
 /* to[num_keys][stride] = latents times the matrix of one head. */
-static void expand(const Expansion *x, const Matrix *matrix, int64_t head_bytes, const float *const *latents,
-                   int64_t num_keys, float *to, int64_t stride)
+static void expand(const Expansion *x, const Matrix *m, const float *const *latents, int64_t num_keys, float *to,
+                   int64_t stride)
 {
-    Matrix m = *matrix;
-    m.panels += x->tile->head * head_bytes;
-    for (int64_t column = 0; column < m.num_out; column += PANEL) {
-        const int64_t left = m.num_out - column;
-        const Panels panel = {&m, 1, column / PANEL, 1};
+    for (int64_t column = 0; column < m->num_out; column += PANEL) {
+        const int64_t left = m->num_out - column;
+        const Panels panel = {m, 1, column / PANEL, 1};
         const float *product = x->product;
         panel_gemm(&panel, latents, num_keys, x->product);
         for (int64_t j = 0; j < num_keys; j++, product += gemm_stride(&panel))
@@ -56,8 +54,8 @@ static void expand_span(const Expansion *x, int64_t start, int64_t num_keys)
         latents[j] = e->at.cache + (table[position / KEY_BLOCK] * (int64_t)KEY_BLOCK + position % KEY_BLOCK) * width;
         memcpy(x->keys + j * x->key_width + e->key->num_out, latents[j] + latent, e->rope_width * sizeof(float));
     }
-    expand(x, e->key, e->key_head_bytes, latents, num_keys, x->keys, x->key_width);
-    expand(x, e->value, e->value_head_bytes, latents, num_keys, x->values, x->out_width);
+    expand(x, e->key + x->tile->head, latents, num_keys, x->keys, x->key_width);
+    expand(x, e->value + x->tile->head, latents, num_keys, x->values, x->out_width);
 }
 
 static void begin_bundles(const Expansion *x)

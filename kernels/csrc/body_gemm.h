@@ -19,6 +19,8 @@ typedef struct {
 } Tile;
 typedef void (*TileFunction)(const Tile *t);
 
+INLINE int is_scaled(int64_t kind) { return kind == KIND_FP8 || kind == KIND_INT8; }
+
 INLINE void load_pair(const int kind, const uint8_t *w, int strip, vf *low, vf *high)
 {
     if (kind == KIND_BF16) {
@@ -30,6 +32,9 @@ INLINE void load_pair(const int kind, const uint8_t *w, int strip, vf *low, vf *
         *high = load_f16(w + 32 + strip * VL * 2);
     } else if (kind == KIND_FP8) {
         load_fp8(w + strip * VL * 2, low, high);
+    } else if (kind == KIND_INT8) {
+        *low = load_i8(w + strip * VL);
+        *high = load_i8(w + 16 + strip * VL);
     } else {
         *low = load((const float *)w + strip * VL);
         *high = load((const float *)w + 16 + strip * VL);
@@ -39,15 +44,17 @@ INLINE void load_pair(const int kind, const uint8_t *w, int strip, vf *low, vf *
 /* Bytes of one k of a panel. */
 INLINE int64_t weight_step(const int64_t kind)
 {
-    return PANEL * (kind == KIND_F32 ? 4 : kind == KIND_FP8 ? 1 : 2);
+    return PANEL * (kind == KIND_F32 ? 4 : is_scaled(kind) ? 1 : 2);
 }
 
-/* fp8: the sum over one scale block joins the result by one multiplication with the scale (256: see load_fp8). */
-INLINE void finish(const int scaled, const Tile *t, float *place, int column, vf value)
+/* The sum over one scale block joins the result by one multiplication with the scale (256: see load_fp8). */
+INLINE void finish(const int kind, const Tile *t, float *place, int column, vf value)
 {
-    if (scaled) {
+    if (is_scaled(kind)) {
         vf scale = t->scale_width == 1 ? splat(t->scale[0]) : load(t->scale + column);
-        value = fused(value, scale * splat(256.0f), t->first ? splat(0.0f) : load(place));
+        if (kind == KIND_FP8)
+            scale = scale * splat(256.0f);
+        value = fused(value, scale, t->first ? splat(0.0f) : load(place));
     }
     for (int64_t i = 0; i < t->num_waiting; i++) {
         place -= t->slot;
@@ -77,7 +84,7 @@ INLINE void tile_pass(const int kind, const int rows, const int strips, const Ti
 {
     vf acc[MAX_TILE_ROWS][4][2];
     const float *x[MAX_TILE_ROWS];
-    const int scaled = kind == KIND_FP8, resume = !scaled && !t->first;
+    const int scaled = is_scaled(kind), resume = !scaled && !t->first;
     const int plain = !scaled && t->num_waiting == 0;
     for (int r = 0; r < rows; r++) {
         x[r] = t->rows[r] + t->k;
@@ -103,8 +110,8 @@ INLINE void tile_pass(const int kind, const int rows, const int strips, const Ti
                 store(place + 16, acc[r][s][1]);
                 continue;
             }
-            finish(scaled, t, place, column, acc[r][s][0]);
-            finish(scaled, t, place + 16, column + 16, acc[r][s][1]);
+            finish(kind, t, place, column, acc[r][s][0]);
+            finish(kind, t, place + 16, column + 16, acc[r][s][1]);
         }
 }
 
@@ -127,12 +134,14 @@ EACH_ROWS(DEFINE_TILE, KIND_F32)
 EACH_ROWS(DEFINE_TILE, KIND_BF16)
 EACH_ROWS(DEFINE_TILE, KIND_F16)
 EACH_ROWS(DEFINE_TILE, KIND_FP8)
+EACH_ROWS(DEFINE_TILE, KIND_INT8)
 
 static const TileFunction tiles[NUM_KINDS][MAX_TILE_ROWS] = {
     {EACH_ROWS(NAME_TILE, KIND_F32)},
     {EACH_ROWS(NAME_TILE, KIND_BF16)},
     {EACH_ROWS(NAME_TILE, KIND_F16)},
     {EACH_ROWS(NAME_TILE, KIND_FP8)},
+    {EACH_ROWS(NAME_TILE, KIND_INT8)},
 };
 
 /* Runs one tile description over num_rows rows, in blocks of nearly equal size. */
@@ -163,8 +172,8 @@ static int next_stretch(const Matrix *m, int64_t longest, Stretch *s)
     const int64_t piece = m->num_in / m->num_shards, index = s->end / piece, piece_end = (index + 1) * piece;
     s->k = s->end;
     s->first = s->k % piece == 0;
-    s->block = m->kind == KIND_FP8 ? (s->k + m->block_phase) / m->block_cols : 0;
-    const int64_t block_end = m->kind == KIND_FP8 ? (s->block + 1) * m->block_cols - m->block_phase : piece_end;
+    s->block = is_scaled(m->kind) ? (s->k + m->block_phase) / m->block_cols : 0;
+    const int64_t block_end = is_scaled(m->kind) ? (s->block + 1) * m->block_cols - m->block_phase : piece_end;
     s->end = s->k + longest < piece_end ? s->k + longest : piece_end;
     s->end = block_end < s->end ? block_end : s->end;
     s->depth = __builtin_popcountll(index);
@@ -180,7 +189,7 @@ static Tile tile_of(const Panels *p, int64_t column, const Stretch *s, int64_t n
     t.weights = m->panels + panel * m->panel_stride + s->k * weight_step(m->kind);
     t.slot = num_rows * t.acc_stride;
     t.acc = acc + s->depth * t.slot + column * PANEL;
-    t.scale = m->kind == KIND_FP8 ? m->scales + panel * m->scale_stride + s->block * m->scale_width : NULL;
+    t.scale = is_scaled(m->kind) ? m->scales + panel * m->scale_stride + s->block * m->scale_width : NULL;
     t.scale_width = m->scale_width;
     t.num_waiting = s->num_waiting;
     return t;

@@ -18,6 +18,10 @@ typedef int32_t vi __attribute__((vector_size(32)));
 static inline vf splat(float x) { return _mm256_set1_ps(x); }
 static inline vf fused(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vi load_words(const void *p) { return (vi)_mm256_loadu_si256((const __m256i *)p); }
+static inline vf load_i8(const void *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 static inline vf load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
 /* See isa_avx512.c. */

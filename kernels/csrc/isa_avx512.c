@@ -19,6 +19,10 @@ typedef int32_t vi __attribute__((vector_size(64)));
 static inline vf splat(float x) { return _mm512_set1_ps(x); }
 static inline vf fused(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vi load_words(const void *p) { return (vi)_mm512_loadu_si512(p); }
+static inline vf load_i8(const void *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 static inline vf load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
 /* Bytes 2i and 2i+1 of p are fp8 e4m3; as float16 bits (sign, exponent and mantissa moved) they are the value / 256. */

@@ -36,6 +36,12 @@ static inline vi load_words(const void *p)
     memcpy(&v, p, sizeof v);
     return v;
 }
+static inline vf load_i8(const void *p)
+{
+    int8_t b[4];
+    memcpy(b, p, sizeof b);
+    return (vf){b[0], b[1], b[2], b[3]};
+}
 
 /* float16 bits to float32: move the fields into place and correct the exponent by a multiplication, which is exact,
    also for subnormals. Infinities and NaN take the float32 exponent 255 instead. */

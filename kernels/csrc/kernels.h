@@ -9,7 +9,7 @@
 #define ROW_CHUNK 96  /* most rows one task carries through a panel */
 #define KEY_BLOCK 32  /* positions of one block of the latent cache */
 
-enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, NUM_KINDS };
+enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, KIND_INT8, NUM_KINDS };
 enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
 
 /* A weight matrix [num_out, num_in] in panels [num_panels][num_in][32]. Every field is 8 bytes wide: Python fills this
@@ -17,13 +17,13 @@ enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
    column 16 + i at place 2i + 1, so that one load and one shift or mask give two vectors of neighbouring columns. */
 typedef struct {
     const uint8_t *panels;
-    const float *scales; /* fp8: [num_panels][scale blocks][scale_width] */
+    const float *scales; /* fp8 and int8: [num_panels][scale blocks][scale_width] */
     int64_t kind, num_out, num_in, num_shards;
     int64_t panel_stride; /* bytes from one panel to the next */
     int64_t scale_stride; /* floats from the scales of one panel to the next */
-    int64_t block_cols;   /* fp8: columns (k) under one scale */
-    int64_t block_phase;  /* fp8: columns of the first scale block that lie before column 0 of this matrix */
-    int64_t scale_width;  /* fp8: 1 = one scale for the panel, 32 = one for each of its columns */
+    int64_t block_cols;   /* fp8, int8: columns (k) under one scale */
+    int64_t block_phase;  /* fp8, int8: columns of the first scale block that lie before column 0 of this matrix */
+    int64_t scale_width;  /* fp8, int8: 1 = one scale for the panel, 32 = one for each of its columns */
 } Matrix;
 
 /* All experts of one layer; the matrices are those of expert 0, the strides lead to the next expert. */
@@ -46,10 +46,8 @@ typedef struct {
     const float *query_down_bias, *query_norm;
     const Matrix *latent_down;
     const float *latent_down_bias, *latent_norm;
-    const Matrix *query_up, *key_up, *value_up;
-    int64_t key_head_bytes, value_head_bytes;
-    const Matrix *key_expand; /* latent to key, for rows of the expanded form; may be NULL */
-    int64_t key_expand_head_bytes;
+    const Matrix *query_up, *key_up, *value_up; /* the last two: one matrix for each head */
+    const Matrix *key_expand; /* latent to key by heads, for rows of the expanded form; may be NULL */
     int64_t num_heads, latent_width, interleave;
     double eps, scale;
     const Matrix *const *outputs;
@@ -156,13 +154,12 @@ typedef struct {
     float scale;
 } Attention;
 
-/* The expanded form: keys and values are computed from the latents, those of head 0 by `key` and `value`. A query is
+/* The expanded form: keys and values are computed from the latents, those of head h by key[h] and value[h]. A query is
    the part that meets such a key, then the rotated part. */
 typedef struct {
     Paging at;
     const int32_t *until; /* only rows before position until[row_seq[t]]; NULL: all */
     const Matrix *key, *value;
-    int64_t key_head_bytes, value_head_bytes;
     const float *query;
     float *out; /* [num_rows][num_heads][value width] */
     int64_t query_strides[2]; /* floats: row, head */
@@ -181,6 +178,14 @@ typedef struct {
     float *parts;
 } Segments;
 
+/* A weight [..., num_in] that becomes int8 with a scale for each `block` elements of a row, the last block shorter. */
+typedef struct {
+    const uint8_t *source; /* of `kind`: float32, bfloat16 or float16 */
+    int64_t kind, row_bytes, num_rows, num_in, block;
+    int8_t *values;
+    float *scales;
+} Quantize;
+
 /* The leaf functions that exist once per instruction set. All variants give the same bits. */
 typedef struct {
     const char *name;
@@ -194,6 +199,7 @@ typedef struct {
     void (*route)(const Route *r, int64_t row, float *scratch);
     void (*combine)(const float *rows, const int32_t *slots, const float *weights, int64_t top_k, const float *base,
                     float *y, int64_t n);
+    int (*quantize)(const Quantize *q, int64_t row);
     void (*tree_add)(const float *const *parts, int64_t num_parts, float *y, int64_t start, int64_t stop);
     void (*attend)(const Attention *a, const AttentionTile *tile, float *scratch);
     void (*attend_segments)(const Attention *a, const AttentionTile *tile, const Segments *range, float *scratch);

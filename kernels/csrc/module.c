@@ -2,6 +2,7 @@
    dtypes; every operation releases the GIL and raises ValueError with what the driver found wrong. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
 
 #include <stdatomic.h>
 #include <time.h>
@@ -87,8 +88,8 @@ static const char *run_attention(const Value *v)
 
 static const char *run_expanded_attention(const Value *v)
 {
-    Expanded e = {{v[5].p, v[6].p, v[7].p, v[8].p, v[12].i, v[15].i, v[16].i, v[17].i}, NULL, v[1].p, v[3].p,
-                  v[2].i, v[4].i, v[0].p, v[9].p, {v[10].i, v[11].i}, v[13].i, v[14].i, (float)v[18].f};
+    Expanded e = {{v[3].p, v[4].p, v[5].p, v[6].p, v[10].i, v[13].i, v[14].i, v[15].i}, NULL, v[1].p, v[2].p,
+                  v[0].p, v[7].p, {v[8].i, v[9].i}, v[11].i, v[12].i, (float)v[16].f};
     return op_expanded_attention(&e);
 }
 
@@ -118,8 +119,14 @@ static const char *run_lay_out(const Value *v)
     return op_lay_out(&l, &out);
 }
 
+static const char *run_quantize(const Value *v)
+{
+    Quantize q = {v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, v[5].i, v[6].p, v[7].p};
+    return op_quantize(&q);
+}
+
 OPERATION(linear, "ppip", op_linear(v[0].p, v[1].p, v[2].i, v[3].p))
-OPERATION(heads, "piipiiip", op_heads(v[0].p, v[1].i, v[2].i, v[3].p, v[4].i, v[5].i, v[6].i, v[7].p))
+OPERATION(heads, "pipiiip", op_heads(v[0].p, v[1].i, v[2].p, v[3].i, v[4].i, v[5].i, v[6].p))
 OPERATION(grouped_ffn, "ppipppiip", run_grouped_ffn(v))
 OPERATION(rms_norm, "pppiif", op_rms_norm(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, (float)v[5].f))
 OPERATION(add_rms_norm, "ppppiif", op_add_rms_norm(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].i, (float)v[6].f))
@@ -138,7 +145,7 @@ OPERATION(combine, "pippppiii",
           op_combine(v[0].p, v[1].i, v[2].p, v[3].p, v[4].p, v[5].p, v[6].i, v[7].i, v[8].i))
 OPERATION(tree_add, "pipi", op_tree_add(v[0].p, v[1].i, v[2].p, v[3].i))
 OPERATION(attention, "pppppppiiiiiiiiiiif", run_attention(v))
-OPERATION(expanded_attention, "ppipipppppiiiiiiiif", run_expanded_attention(v))
+OPERATION(expanded_attention, "ppppppppiiiiiiiif", run_expanded_attention(v))
 OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p))
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(lay_out, "ppiippiippppp", run_lay_out(v))
@@ -147,8 +154,31 @@ OPERATION(layers, "ppp", op_layers(v[0].p, v[1].p, v[2].p))
 OPERATION(mla, "ppppip", op_mla(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(pack, "piiiiiipi",
           op_pack(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, (int)v[5].i, (int)v[6].i, v[7].p, v[8].i))
+OPERATION(quantize, "piiiiipp", run_quantize(v))
 OPERATION(advise_huge_pages, "pi", (op_advise_huge_pages(v[0].p, v[1].i), (const char *)NULL))
 OPERATION(read_all, "pip", (*(uint64_t *)v[2].p = op_read_all(v[0].p, v[1].i), (const char *)NULL))
+
+/* Raises OSError, and EOFError where the file ends too early. */
+static PyObject *py_read_file(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+{
+    Value v[MAX_ARGUMENTS];
+    int64_t done;
+    (void)module;
+    if (parse(args, num_args, "iiip", v) != 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pool_enter();
+    done = op_read_file((int)v[0].i, v[1].i, v[2].i, v[3].p);
+    pool_leave();
+    Py_END_ALLOW_THREADS
+    if (done < 0) {
+        errno = (int)-done;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    if (done < v[2].i)
+        return PyErr_Format(PyExc_EOFError, "%lld of %lld bytes are there", (long long)done, (long long)v[2].i);
+    Py_RETURN_NONE;
+}
 
 static PyObject *py_select(PyObject *module, PyObject *name)
 {
@@ -203,7 +233,8 @@ static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
     FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
-    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(advise_huge_pages), FAST(read_all),
+    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(quantize),
+    FAST(read_file), FAST(advise_huge_pages), FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {"nanoseconds", py_nanoseconds, METH_NOARGS, NULL},

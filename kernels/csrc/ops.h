@@ -14,8 +14,9 @@ const char *op_linear(const Matrix *m, const float *x, int64_t num_rows, float *
 /* y = rms_norm(x[index]) W^T: the head of the rows that want logits. */
 const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
                              const float *weight, float eps, float *y);
-const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
-                     int64_t head_stride, int64_t num_rows, float *y);
+/* y[row][head] = m[head] times row * row_stride + head * head_stride of x. */
+const char *op_heads(const Matrix *m, int64_t num_heads, const float *x, int64_t row_stride, int64_t head_stride,
+                     int64_t num_rows, float *y);
 /* Which row goes to which expert. Slot s: row slot_rows[s], or s / top_k if that is NULL; expert place_of[experts[s]],
    or experts[s] if there is no place_of, or 0 if there are no experts. */
 typedef struct {
@@ -67,7 +68,10 @@ const char *op_layers(const Stack *s, const MlaBatch *b, float *x);
    With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */
 const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int64_t num_in, int64_t element_bytes,
                     int interleave, int refuse_nan, void *panels, int64_t panel_stride);
+const char *op_quantize(const Quantize *q);
 void op_advise_huge_pages(void *start, int64_t bytes);
+/* Reads bytes of a file from an offset to memory, all threads together: how many were there, or -errno. */
+int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target);
 uint64_t op_read_all(const void *start, int64_t bytes); /* reads memory as fast as it goes, for benchmarks */
 
 #endif

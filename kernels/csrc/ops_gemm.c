@@ -37,12 +37,12 @@ static void store_row(const Panels *p, const float *acc, float *out)
     memcpy(out + p->first * PANEL, acc, (left < have ? left : have) * sizeof(float));
 }
 
-/* One product per head; a plain linear layer is the case of one head. */
+/* One product per head, with matrix[head]; a plain linear layer is the case of one head. */
 typedef struct {
     const Matrix *matrix;
     const float *x;
     float *y;
-    int64_t num_heads, head_bytes, row_stride, head_stride, num_rows, at_once, num_groups, num_chunks;
+    int64_t num_heads, row_stride, head_stride, num_rows, at_once, num_groups, num_chunks;
 } Product;
 
 static void product_task(const void *argument, int64_t index, void *scratch)
@@ -52,22 +52,21 @@ static void product_task(const void *argument, int64_t index, void *scratch)
     const int64_t group = unit % p->num_groups, head = unit / p->num_groups;
     const int64_t start = p->num_rows * chunk / p->num_chunks, stop = p->num_rows * (chunk + 1) / p->num_chunks;
     const float *rows[ROW_CHUNK], *acc = scratch;
-    Matrix m = *p->matrix;
-    m.panels += head * p->head_bytes;
-    const Panels panels = group_of(&m, 1, group, p->at_once);
+    const Matrix *m = p->matrix + head;
+    const Panels panels = group_of(m, 1, group, p->at_once);
     for (int64_t r = start; r < stop; r++)
         rows[r - start] = p->x + r * p->row_stride + head * p->head_stride;
     op_table()->panel_gemm(&panels, rows, stop - start, scratch);
     for (int64_t r = start; r < stop; r++, acc += gemm_stride(&panels))
-        store_row(&panels, acc, p->y + (r * p->num_heads + head) * m.num_out);
+        store_row(&panels, acc, p->y + (r * p->num_heads + head) * m->num_out);
 }
 
-const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, const float *x, int64_t row_stride,
-                     int64_t head_stride, int64_t num_rows, float *y)
+const char *op_heads(const Matrix *m, int64_t num_heads, const float *x, int64_t row_stride, int64_t head_stride,
+                     int64_t num_rows, float *y)
 {
     if (num_rows == 0)
         return NULL;
-    Product p = {m, x, y, num_heads, head_bytes, row_stride, head_stride, num_rows,
+    Product p = {m, x, y, num_heads, row_stride, head_stride, num_rows,
                  .num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK};
     p.at_once = panels_at_once((m->num_out + PANEL - 1) / PANEL, num_heads * p.num_chunks, MOST_PANELS);
     p.num_groups = num_groups(m, p.at_once);
@@ -82,7 +81,7 @@ const char *op_heads(const Matrix *m, int64_t num_heads, int64_t head_bytes, con
 
 const char *op_linear(const Matrix *m, const float *x, int64_t num_rows, float *y)
 {
-    return op_heads(m, 1, 0, x, m->num_in, 0, num_rows, y);
+    return op_heads(m, 1, x, m->num_in, 0, num_rows, y);
 }
 
 /* Both halves of the grouped FFN, over slots sorted by expert. starts[i] is the first (chunk of slots) of the i-th

@@ -122,8 +122,7 @@ static const char *attend_some(const Mla *m, const MlaBatch *b, const Rows *rows
     const int64_t head = query_head(m), plain = head - rope_width(m), stride = m->num_heads * head;
     const int64_t latent = m->latent_width, num_rows = stop - start;
     const float *query = rows->query + start * stride;
-    const char *wrong =
-        op_heads(m->key_up, m->num_heads, m->key_head_bytes, query, stride, head, num_rows, s->latent);
+    const char *wrong = op_heads(m->key_up, m->num_heads, query, stride, head, num_rows, s->latent);
     Attention a = {{cache, b->tables, rows->row_seq + start, rows->positions + start, num_rows, num_blocks,
                     b->num_seqs, b->max_blocks},
                    s->latent, query + plain, s->attended, {m->num_heads * latent, latent}, {stride, head},
@@ -131,8 +130,8 @@ static const char *attend_some(const Mla *m, const MlaBatch *b, const Rows *rows
     if (!wrong)
         wrong = op_attention(&a);
     return wrong ? wrong
-                 : op_heads(m->value_up, m->num_heads, m->value_head_bytes, s->attended, m->num_heads * latent, latent,
-                            num_rows, rows->values + start * m->num_heads * m->value_up->num_out);
+                 : op_heads(m->value_up, m->num_heads, s->attended, m->num_heads * latent, latent, num_rows,
+                            rows->values + start * m->num_heads * m->value_up->num_out);
 }
 
 static const char *attend_absorbed(const Mla *m, const MlaBatch *b, const Rows *rows, const Stages *s,
@@ -153,9 +152,8 @@ static const char *attend_expanded(const Mla *m, const MlaBatch *b, const Rows *
     const int64_t head = query_head(m);
     Expanded e = {{cache, b->tables, rows->row_seq, rows->positions, rows->num_rows, num_blocks, b->num_seqs,
                    b->max_blocks},
-                  b->expanded_until, m->key_expand, m->value_up, m->key_expand_head_bytes, m->value_head_bytes,
-                  rows->query, rows->values, {m->num_heads * head, head}, m->num_heads, rope_width(m),
-                  (float)m->scale};
+                  b->expanded_until, m->key_expand, m->value_up, rows->query, rows->values, {m->num_heads * head, head},
+                  m->num_heads, rope_width(m), (float)m->scale};
     return op_expanded_attention(&e);
 }
 
@@ -198,7 +196,7 @@ const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, fl
         return out_of_memory;
     const char *wrong = write_cache(m, b, rows, cache, num_blocks);
     if (!wrong)
-        wrong = op_heads(m->query_up, 1, 0, rows, query_width(m) + key_width(m), 0, b->num_rows, s.query);
+        wrong = op_heads(m->query_up, 1, rows, query_width(m) + key_width(m), 0, b->num_rows, s.query);
     if (wrong)
         return wrong;
     op_rope(s.query + head - rope_width(m), m->num_heads * head, head, b->num_rows, m->num_heads, rope_width(m),
@@ -209,7 +207,7 @@ const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, fl
     const float *columns = s.values;
     for (int64_t i = 0; !wrong && i < m->num_outputs; i++) {
         const Matrix *output = m->outputs[i];
-        wrong = op_heads(output, 1, 0, columns, value_width, 0, b->num_rows, out + i * b->num_rows * output->num_out);
+        wrong = op_heads(output, 1, columns, value_width, 0, b->num_rows, out + i * b->num_rows * output->num_out);
         columns += output->num_in;
     }
     return wrong;

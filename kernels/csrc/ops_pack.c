@@ -1,8 +1,10 @@
-/* Packing of weights into panels, and what benchmarks need to know about the memory. */
+/* Reading of weights, packing into panels, and what benchmarks need to know about the memory. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "ops.h"
 #include "pool.h"
@@ -117,6 +119,32 @@ const char *op_pack(const void *source, int64_t row_bytes, int64_t num_out, int6
     return found_nan ? "the fp8 weight contains NaN" : NULL;
 }
 
+typedef struct {
+    const Quantize *q;
+    _Atomic int *found_infinite;
+} QuantizeJob;
+
+#define QUANTIZE_ROWS 16 /* rows of one task */
+
+static void quantize_task(const void *argument, int64_t index, void *scratch)
+{
+    const QuantizeJob *job = argument;
+    const int64_t stop = (index + 1) * QUANTIZE_ROWS;
+    (void)scratch;
+    for (int64_t row = index * QUANTIZE_ROWS; row < (stop < job->q->num_rows ? stop : job->q->num_rows); row++)
+        if (!op_table()->quantize(job->q, row))
+            atomic_store(job->found_infinite, 1);
+}
+
+const char *op_quantize(const Quantize *q)
+{
+    _Atomic int found_infinite = 0;
+    QuantizeJob job = {q, &found_infinite};
+    pool_run(quantize_task, &job, (q->num_rows + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS,
+             q->num_rows * q->num_in < (1 << 15));
+    return found_infinite ? "the weight to quantize contains NaN or infinity" : NULL;
+}
+
 void op_advise_huge_pages(void *start, int64_t bytes)
 {
 #if defined(MADV_HUGEPAGE)
@@ -128,6 +156,43 @@ void op_advise_huge_pages(void *start, int64_t bytes)
     (void)start;
     (void)bytes;
 #endif
+}
+
+typedef struct {
+    int file;
+    int64_t offset, bytes;
+    uint8_t *target;
+    _Atomic int64_t *done;
+    _Atomic int *error;
+} FileRead;
+
+#define FILE_PIECE (1 << 17) /* bytes of one task */
+
+static void file_task(const void *argument, int64_t index, void *scratch)
+{
+    const FileRead *r = argument;
+    const int64_t end = (index + 1) * FILE_PIECE, stop = end < r->bytes ? end : r->bytes;
+    (void)scratch;
+    for (int64_t at = index * FILE_PIECE; at < stop;) {
+        const ssize_t got = pread(r->file, r->target + at, stop - at, r->offset + at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            atomic_store(r->error, errno);
+        if (got <= 0)
+            return;
+        atomic_fetch_add(r->done, got);
+        at += got;
+    }
+}
+
+int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target)
+{
+    _Atomic int64_t done = 0;
+    _Atomic int error = 0;
+    FileRead r = {file, offset, bytes, target, &done, &error};
+    pool_run(file_task, &r, (bytes + FILE_PIECE - 1) / FILE_PIECE, 0);
+    return error ? -error : done;
 }
 
 typedef struct {

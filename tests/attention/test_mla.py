@@ -40,6 +40,7 @@ def _model(folder: Path, rank: int = 0, tp: int = 1) -> AttentionModel:
         rank=rank,
         device=CPU,
         weight_dtype=None,
+        quantization=None,
         report=lambda done, total: None,
     )
     model = loader.load().attention

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from tests.kernels.weights import DTYPES, experts, needs_native, normal, packed, seeded
+from tests.kernels.weights import DTYPES, experts, heads, needs_native, normal, packed, seeded
 
 pytestmark = needs_native
 
@@ -36,8 +36,8 @@ def grouped_ffn(width: int, dtype: torch.dtype) -> Run:
 
 
 def head_linear(width: int, dtype: torch.dtype) -> Run:
-    heads, x = kernels.pack_heads(normal(3, 37, width).to(dtype)), normal(3, NUM_ROWS, width)
-    return lambda rows: kernels.head_linear(x[:, rows].transpose(0, 1), heads).flatten(1)
+    packed_heads, x = heads(3, 37, width, dtype), normal(3, NUM_ROWS, width)
+    return lambda rows: kernels.head_linear(x[:, rows].transpose(0, 1), packed_heads).flatten(1)
 
 
 def rms_norm(width: int) -> Run:
@@ -149,8 +149,7 @@ for _dtype in DTYPES:
     _name = str(_dtype).removeprefix("torch.")
     OPERATIONS[f"linear-{_name}"] = lambda width, dtype=_dtype: linear(width, dtype)  # type: ignore[misc]
     OPERATIONS[f"grouped_ffn-{_name}"] = lambda width, dtype=_dtype: grouped_ffn(width, dtype)  # type: ignore[misc]
-    if _dtype != torch.float8_e4m3fn:
-        OPERATIONS[f"head_linear-{_name}"] = lambda width, dtype=_dtype: head_linear(width, dtype)  # type: ignore[misc]
+    OPERATIONS[f"head_linear-{_name}"] = lambda width, dtype=_dtype: head_linear(width, dtype)  # type: ignore[misc]
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels import reference
-from tests.kernels.weights import DTYPES, needs_native, normal, packed, relative_error, stored
+from tests.kernels.weights import DTYPES, SCALED, heads, needs_native, normal, packed, relative_error, stored
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,13 +85,25 @@ def test_rows_of_a_weight_alone_give_their_bits_of_the_whole(dtype: torch.dtype,
     assert torch.equal(kernels.linear(x, part), whole[:, start:250])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_linear_takes_strided_views(dtype: torch.dtype) -> None:
-    heads = kernels.pack_heads(normal(3, 61, 40).to(dtype))
-    x = normal(3, 9, 100)[:, :, 30:70].transpose(0, 1)
-    want = torch.einsum("tnk,njk->tnj", x.double(), heads.dense().double())
-    assert relative_error(kernels.head_linear(x, heads), want) < 2e-6
-    assert relative_error(reference.head_linear(x, heads), want) < 2e-6
+    packed_heads = heads(3, 61, 80, dtype)
+    x = normal(3, 9, 140)[:, :, 30:110].transpose(0, 1)
+    want = torch.einsum("tnk,njk->tnj", x.double(), packed_heads.dense().double())
+    assert relative_error(kernels.head_linear(x, packed_heads), want) < 2e-6
+    assert relative_error(reference.head_linear(x, packed_heads), want) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", SCALED, ids=str)
+def test_heads_are_the_rows_of_their_matrix(dtype: torch.dtype) -> None:
+    weight, scale = stored(3 * 61, 80, dtype, block=(48, 50))
+    assert scale is not None
+    whole = kernels.dequantize(weight, kernels.BlockScale(scale_inv=scale, rows=48, cols=50))
+    packed_heads = heads(3, 61, 80, dtype)
+    assert torch.equal(packed_heads.dense().flatten(0, 1), whole)
+    assert packed_heads.nbytes >= weight.nbytes
+    with pytest.raises(ValueError, match=r"0 scales for 3 heads of .*, must be 3"):
+        kernels.pack_heads(weight.view(3, 61, 80))
 
 
 def test_linear_of_no_rows_is_empty_and_out_is_used() -> None:

@@ -71,12 +71,12 @@ def test_cache_follows_the_blocks() -> None:
     assert plans(model, make_mesh(model, num_cache_blocks=7))[0].cache == 7 * 32 * cache_bytes_per_token(model)
 
 
-def test_attention_is_split_by_heads_and_kv_b_unpacked_from_fp8() -> None:
+def test_attention_is_split_by_heads() -> None:
     counts = count_parameters(FULL)
     whole, eighth = (
         plans(FULL, make_mesh(FULL, num_ranks=8, attention_tp=tp, max_model_len=64))[0].attention for tp in (1, 8)
     )
-    split = counts.query_output + 4 * counts.key_value_up
+    split = counts.query_output + counts.key_value_up
     assert whole - eighth == pytest.approx(split * 7 / 8, rel=0.001)
     assert whole == pytest.approx(split + counts.attention_replicated + 4 * counts.norms, rel=0.001)
 
@@ -86,7 +86,7 @@ def test_the_expanded_form_takes_the_keys_of_kv_b_once_more() -> None:
         plans(FULL, make_mesh(FULL, num_ranks=8, attention_tp=8, max_model_len=64, prefill_attention=form))[0]
         for form in ("absorbed", "expanded")
     )
-    assert expanded.weights - absorbed.weights == expanded.key_expand == 4 * 61 * 16 * 128 * 512
+    assert expanded.weights - absorbed.weights == expanded.key_expand == pytest.approx(61 * 16 * 128 * 512, rel=0.001)
 
 
 def test_weights_may_be_held_in_another_format() -> None:
@@ -97,6 +97,18 @@ def test_weights_may_be_held_in_another_format() -> None:
     wide = plan_memory(model, mesh, placement, 0, weight_dtype="float32")
     assert wide.experts == 2 * stored.experts
     assert wide.head == 2 * stored.head
+
+
+def test_int8_is_a_byte_a_weight_and_its_scales() -> None:
+    model = dataclasses.replace(FULL, num_layers=4, quantization=None)
+    mesh = make_mesh(model, max_model_len=64)
+    placement = even_placement(model.num_experts, model.moe_layers, (0,), 1)
+    stored = plan_memory(model, mesh, placement, 0)
+    eight = plan_memory(model, mesh, placement, 0, quantization="int8")
+    for part in ("experts", "dense", "shared", "head"):
+        assert getattr(eight, part) == pytest.approx(getattr(stored, part) * (1 + 4 / 128) / 2, rel=1e-6)
+    assert eight.attention == pytest.approx(stored.attention * (1 + 4 / 128) / 2, rel=1e-3)  # norms are no matrices
+    assert (eight.embedding, eight.router) == (stored.embedding, stored.router)
 
 
 def test_too_little_memory_is_said_with_the_numbers() -> None:

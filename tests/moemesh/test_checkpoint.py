@@ -330,3 +330,12 @@ def test_the_ledger_names_what_does_not_balance(tmp_path: Path) -> None:
             ledger.fill(parameter)
     assert torch.equal(ledger.float32(EMBEDDING, rows=(0, 2)), ledger.tensor(EMBEDDING)[:2])
     ledger.close()
+
+
+def test_a_file_cut_short_after_it_was_checked(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    truncate(tmp_path / "model.safetensors", 5000)
+    last = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].end)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: 0 of .* bytes are there"):
+        checkpoint.tensor(last)

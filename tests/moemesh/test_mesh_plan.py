@@ -53,6 +53,13 @@ def test_a_tensor_parallel_degree_that_does_not_divide_the_heads_is_refused(fold
         _plan(folder, ranks=8, attention_tp=8)
 
 
+def test_an_fp8_checkpoint_is_not_quantised_again(folder: Path, tmp_path: Path) -> None:
+    assert _plan(folder, quantization="int8").mesh.num_ranks == 1
+    fp8 = write_random_checkpoint(tmp_path / "fp8", 1, fp8=True, dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"--quantization int8: .*fp8 is FP8 already"):
+        _plan(fp8, quantization="int8")
+
+
 def test_ranks_share_the_cores(folder: Path) -> None:
     options = EngineOptions(model=str(folder))
     assert threads_per_rank(options, 1000) == 1

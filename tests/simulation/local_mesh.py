@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mesh_config import MeshConfig, load_model_config, make_mesh
+from mesh_config.model_shape import Quantization
 from moemesh.checkpoint import Checkpoint
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of
@@ -64,7 +65,15 @@ class Result:
 class LocalMesh:
     """A mesh of `num_ranks` engines on one checkpoint. `seed` decides delivery and turns; None = in order."""
 
-    def __init__(self, folder: Path, *, seed: int | None = None, num_cache_blocks: int = 512, **fields: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int | None = None,
+        num_cache_blocks: int = 512,
+        quantization: Quantization | None = None,
+        **fields: Any,
+    ) -> None:
         config = load_model_config(folder)
         self.mesh: MeshConfig = make_mesh(config, num_cache_blocks=num_cache_blocks, **fields)
         placement = placement_of(config, self.mesh)
@@ -83,6 +92,7 @@ class LocalMesh:
                 rank=rank,
                 device=CPU,
                 weight_dtype=None,
+                quantization=quantization,
                 report=lambda done, total: None,
             )
             model = loader.load()

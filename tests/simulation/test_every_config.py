@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mesh_config import ModelConfig, load_model_config
+from mesh_config.model_shape import Quantization
 from moemesh.sampling_params import SamplingParams
-from tests.oracle import ORACLE_CASES, OracleCase
+from tests.oracle import ORACLE_CASES, ORACLE_CONFIGS, OracleCase
 from tests.simulation.local_mesh import LocalMesh, Result
 
 LENGTHS = (1, 2, 33, 40, 17, 64, 9)
@@ -57,9 +58,18 @@ def _run(mesh: LocalMesh, requests: list[tuple[list[int], SamplingParams]]) -> l
 
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda case: case.name)
 def test_every_shape_gives_the_same(case: OracleCase, tmp_path: Path) -> None:
+    _check_shapes(case, tmp_path, quantization=None)
+
+
+@pytest.mark.parametrize("name", ["v3_awkward_sizes", "v3_halves_rotated_tied", "v3_float16", "v2_lite_like"])
+def test_every_shape_gives_the_same_in_int8(name: str, tmp_path: Path) -> None:
+    _check_shapes(ORACLE_CONFIGS[name], tmp_path, quantization="int8")
+
+
+def _check_shapes(case: OracleCase, tmp_path: Path, *, quantization: Quantization | None) -> None:
     folder = case.write(tmp_path, seed=2)
     requests = _requests(load_model_config(folder))
-    expected = _run(LocalMesh(folder), requests)
+    expected = _run(LocalMesh(folder, quantization=quantization), requests)
     for seed, shape in enumerate(_shapes(load_model_config(folder)), start=1):
-        mesh = LocalMesh(folder, seed=seed, num_cache_blocks=SMALL_CACHE, **shape)
+        mesh = LocalMesh(folder, seed=seed, num_cache_blocks=SMALL_CACHE, quantization=quantization, **shape)
         assert _run(mesh, requests) == expected, shape
