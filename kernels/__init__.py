@@ -5,7 +5,7 @@ from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.heads import PackedHeads, head_linear, pack_heads
 from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
-from kernels.linear import PackedLinear, linear, normed_linear, pack_linear
+from kernels.linear import PackedLinear, embed, linear, normed_linear, pack_linear
 from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
 from kernels.routing import Gate, route
@@ -44,6 +44,7 @@ __all__ = [
     "argmax",
     "combine",
     "dequantize",
+    "embed",
     "expanded_attention",
     "ffn",
     "force_isa",

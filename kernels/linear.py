@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels import panels, reference
-from kernels.runtime import native, native_available, require
+from kernels.runtime import native, native_available, require, runs_native
+
+_EMBEDDINGS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,18 +102,43 @@ def linear(x_TK: torch.Tensor, packed: PackedLinear, *, out: torch.Tensor | None
     return out
 
 
+def embed(table_VK: torch.Tensor, ids: array[int]) -> torch.Tensor:
+    """Float32 rows [T, K] of int32 ids ("i"). Raises ValueError on an id outside the vocabulary (native only)."""
+    if table_VK.dtype not in _EMBEDDINGS or not runs_native(table_VK):
+        return reference.embed(table_VK, ids)
+    require(table_VK, "table", (None, None), table_VK.dtype)
+    ids_at, num_rows = ids.buffer_info()
+    num_ids, width = table_VK.shape
+    x_TK = torch.empty((num_rows, width))
+    native.embed(table_VK.data_ptr(), panels.KINDS[table_VK.dtype], num_ids, width, ids_at, num_rows, x_TK.data_ptr())
+    return x_TK
+
+
 def normed_linear(
-    x_TK: torch.Tensor, rows: Sequence[int], norm_K: torch.Tensor, eps: float, packed: PackedLinear
+    x_TK: torch.Tensor,
+    rows: Sequence[int],
+    norm_K: torch.Tensor,
+    packed: PackedLinear,
+    *,
+    eps: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`linear` of `rms_norm` of some rows of x, the same bits: the head. Raises ValueError on a row that is not there
-    (native only)."""
+    """`linear` of `rms_norm` of some rows of x, the same bits: the head. `out` receives the result if given.
+
+    Raises ValueError on a row that is not there (native only).
+    """
     require(x_TK, "x", (None, packed.num_in))
     require(norm_K, "norm", (packed.num_in,))
     if packed.matrix is None:
-        index = torch.tensor(rows, dtype=torch.int64, device=x_TK.device)
-        return reference.linear(reference.rms_norm(x_TK.index_select(0, index), norm_K, eps), packed)
-    index_at, num_rows = (given := array("q", rows)).buffer_info()
-    out = torch.empty((len(given), packed.num_out))
+        chosen = torch.tensor(rows, dtype=torch.int64, device=x_TK.device)
+        y_RN = reference.linear(reference.rms_norm(x_TK.index_select(0, chosen), norm_K, eps), packed)
+        return y_RN if out is None else out.copy_(y_RN)
+    index = array("q", rows)
+    index_at, num_rows = index.buffer_info()
+    if out is None:
+        out = torch.empty((num_rows, packed.num_out))
+    else:
+        require(out, "out", (num_rows, packed.num_out))
     native.normed_linear(
         packed.address, x_TK.data_ptr(), index_at, num_rows, x_TK.shape[0], norm_K.data_ptr(), eps, out.data_ptr()
     )

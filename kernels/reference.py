@@ -5,6 +5,7 @@ Equal to the C kernels up to rounding, but not batch-invariant. Same signatures;
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from kernels.layers import LayerStack, RoutedExperts
     from kernels.linear import PackedLinear
     from kernels.mla import AttentionBatch, MlaWeights
+
+
+def embed(table_VK: torch.Tensor, ids: array[int]) -> torch.Tensor:
+    return table_VK.index_select(0, torch.tensor(ids, dtype=torch.int64, device=table_VK.device)).float()
 
 
 def linear(x_TK: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

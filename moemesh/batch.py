@@ -3,6 +3,8 @@
 Shape legend: T rows of the micro-batch, B its sequences.
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -32,10 +34,10 @@ class LogitsRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One forward pass: token ids int64 [T], where the rows stand, and which of them want logits (by ascending row)."""
+    """One forward pass: token ids int32 [T], where the rows stand, and which of them want logits (by ascending row)."""
 
     index: int
-    token_ids: Tensor
+    token_ids: array[int]
     attention: AttentionBatch
     logits_rows: tuple[LogitsRow, ...]
 
@@ -63,13 +65,13 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Lay the items' positions out as rows, item after item; with `expand_prompts` those of prompts take that form."""
     sequences = [mirror.sequences[item.seq_id] for item in items]
-    tokens: list[int] = []
+    tokens = array("i")
     for item, sequence in zip(items, sequences, strict=True):
-        tokens += sequence.token_ids(item.start, item.stop)
+        tokens.extend(sequence.token_ids(item.start, item.stop))
     ranges = [(item.start, item.count) for item in items]
     return MicroBatch(
         index=index,
-        token_ids=torch.tensor(tokens, dtype=torch.int64, device=rotary.device),
+        token_ids=tokens,
         attention=lay_out(
             ranges,
             _block_tables(sequences).to(rotary.device),

@@ -13,7 +13,7 @@ import torch
 from attention.service import AttentionService
 from moemesh.batch import MicroBatch, build_micro_batch, split_plan
 from moemesh.forward import Forward
-from moemesh.head import RowResults, evaluate_rows
+from moemesh.head import Head, RowResults
 from moemesh.model import AttentionModel
 from moemesh.scheduler import Scheduler
 from moemesh.sequence import Sequence, SequenceOutput
@@ -47,6 +47,7 @@ class GroupMember:
         self._link = link
         self._mailbox = mailbox
         self._model = model
+        self._head = Head(model)
         self._attention = attention
         self._forward = forward
         self._num_micro_batches = num_micro_batches
@@ -140,7 +141,7 @@ class GroupMember:
         x_OH = yield from self._forward.run(batch, generation=self._generation, step=step)
         start, stop = self._attention.owned_rows(batch.attention.num_rows)
         owned = [row for row in batch.logits_rows if start <= row.row < stop]
-        results = evaluate_rows(self._model, x_OH, start, owned)
+        results = self._head.evaluate(x_OH, start, owned)
         leader = self._members[0]
         if owned and leader != self._link.rank:
             header = Header(

@@ -61,15 +61,33 @@ def _entry_from_wire(wire: Any) -> Sampled | SamplingError:
     return SamplingError(reason=wire) if isinstance(wire, str) else Sampled.from_wire(wire)
 
 
-def evaluate_rows(model: AttentionModel, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow]) -> RowResults:
-    """Head and sampling for `rows`, all of them owned here; `x_OH` starts at row `first_row` of the micro-batch."""
-    results = RowResults()
-    step = max(1, MAX_LOGITS // model.config.vocab_size)
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        logits_RV = model.logits(x_OH, [row.row - first_row for row in piece])
-        results.add(_evaluate(logits_RV, piece))
-    return results
+class Head:
+    """Logits, and what comes of them, for the rows of one member. It owns the memory that the logits are put into."""
+
+    def __init__(self, model: AttentionModel) -> None:
+        self._model = model
+        self._most = max(1, MAX_LOGITS // model.config.vocab_size)
+        self._room = model.final_norm.new_empty((1, model.config.vocab_size))
+        self._views: dict[int, Tensor] = {}
+
+    def evaluate(self, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow]) -> RowResults:
+        """Head and sampling for `rows`, all of them owned here; `x_OH` starts at row `first_row` of the micro-batch."""
+        results = RowResults()
+        for start in range(0, len(rows), self._most):
+            piece = rows[start : start + self._most]
+            places = [row.row - first_row for row in piece]
+            logits_RV = self._model.logits(x_OH, places, out=self._room_for(len(piece)))
+            results.add(_evaluate(logits_RV, piece))
+        return results
+
+    def _room_for(self, num_rows: int) -> Tensor:
+        """Fresh memory for each step would be given back to the system, and its pages asked for again."""
+        if num_rows > self._room.shape[0]:
+            self._room = self._room.new_empty((num_rows, self._room.shape[1]))
+            self._views.clear()
+        if num_rows not in self._views:
+            self._views[num_rows] = self._room[:num_rows]
+        return self._views[num_rows]
 
 
 def _evaluate(logits_RV: Tensor, rows: SequenceOf[LogitsRow]) -> RowResults:

@@ -1,9 +1,11 @@
 """The part of a model that one rank holds."""
 
+from __future__ import annotations
+
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import kernels
@@ -40,13 +42,13 @@ class AttentionModel:
     final_norm: Tensor
     head: kernels.PackedLinear
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows float32 [T, H] of int64 ids [T]."""
-        return self.embedding_VH.index_select(0, token_ids).to(torch.float32)
+    def embed(self, token_ids: array[int]) -> Tensor:
+        """Rows float32 [T, H] of int32 ids."""
+        return kernels.embed(self.embedding_VH, token_ids)
 
-    def logits(self, x_TH: Tensor, rows: Sequence[int]) -> Tensor:
-        """Logits float32 [R, V] of some rows of the hidden states after the last layer."""
-        return kernels.normed_linear(x_TH, rows, self.final_norm, self.config.rms_norm_eps, self.head)
+    def logits(self, x_TH: Tensor, rows: Sequence[int], *, out: Tensor) -> Tensor:
+        """Logits float32 [R, V] of some rows of the hidden states after the last layer, put into `out`."""
+        return kernels.normed_linear(x_TH, rows, self.final_norm, self.head, eps=self.config.rms_norm_eps, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,7 @@ const KernelTable TABLE = {
     .rms_norm = rms_norm,
     .log_softmax = log_softmax,
     .argmax = argmax,
+    .widen = widen,
     .exp_doubles = exp_doubles,
     .route = route,
     .combine = combine,

@@ -125,3 +125,21 @@ static void tree_add(const float *const *parts, int64_t num_parts, float *y, int
         }
     }
 }
+
+/* The values of an embedding row, of a kind other than fp8, in float32. */
+static void widen(int64_t kind, const void *p, float *y, int64_t n)
+{
+    if (kind == KIND_F32)
+        memcpy(y, p, n * sizeof(float));
+    for (int64_t i = 0; kind == KIND_BF16 && i < n; i++) {
+        const uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+        memcpy(y + i, &bits, sizeof(bits));
+    }
+    for (int64_t i = 0; kind == KIND_F16 && i < n; i += VL) {
+        uint16_t half[VL] = {0};
+        const int64_t left = n - i < VL ? n - i : VL;
+        memcpy(half, (const uint16_t *)p + i, left * sizeof(uint16_t));
+        const vf wide = load_f16(half);
+        memcpy(y + i, &wide, left * sizeof(float));
+    }
+}

@@ -189,6 +189,7 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*log_softmax)(const float *x, float *y, int64_t n);
     int64_t (*argmax)(const float *x, int64_t n);
+    void (*widen)(int64_t kind, const void *p, float *y, int64_t n);
     void (*exp_doubles)(const double *x, double *y, int64_t n); /* x is at most 0 */
     void (*route)(const Route *r, int64_t row, float *scratch);
     void (*combine)(const float *rows, const int32_t *slots, const float *weights, int64_t top_k, const float *base,

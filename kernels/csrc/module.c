@@ -142,6 +142,7 @@ OPERATION(expanded_attention, "ppipipppppiiiiiiiif", run_expanded_attention(v))
 OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p))
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(lay_out, "ppiippiippppp", run_lay_out(v))
+OPERATION(embed, "piiipip", op_embed(v[0].p, v[1].i, v[2].i, v[3].i, v[4].p, v[5].i, v[6].p))
 OPERATION(layers, "ppp", op_layers(v[0].p, v[1].p, v[2].p))
 OPERATION(mla, "ppppip", op_mla(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(pack, "piiiiiipi",
@@ -202,7 +203,7 @@ static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
     FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
-    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(layers), FAST(pack), FAST(advise_huge_pages), FAST(read_all),
+    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(advise_huge_pages), FAST(read_all),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {"nanoseconds", py_nanoseconds, METH_NOARGS, NULL},

@@ -53,6 +53,9 @@ const char *op_mla_project(const Mla *m, const MlaBatch *b, int64_t first_row, i
                            float *rows);
 const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, float *cache, int64_t num_blocks,
                           float *out);
+/* x[row] = table[ids[row]] in float32; the table is of a kind that has no scales. */
+const char *op_embed(const uint8_t *table, int64_t kind, int64_t num_ids, int64_t n, const int32_t *ids, int64_t num_rows,
+                     float *x);
 const char *op_lay_out(const Layout *l, const LaidOut *out);
 /* Both at once, where no peer has rows of its own. */
 const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache, int64_t num_blocks, float *out);

@@ -1,5 +1,5 @@
 /* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of what comes before and
-   after: laying rows out, and the head. They are made of the other drivers, so that their bits are those of the single
+   after: embedding and laying out rows, and the head. They are made of the other drivers, so that their bits are those of the single
    operations. */
 #include <string.h>
 
@@ -93,6 +93,18 @@ const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *ind
     }
     const char *wrong = op_rms_norm(rows, weight, normed, num_index, n, eps);
     return wrong ? wrong : op_linear(m, normed, num_index, y);
+}
+
+const char *op_embed(const uint8_t *table, int64_t kind, int64_t num_ids, int64_t n, const int32_t *ids, int64_t num_rows,
+                     float *x)
+{
+    const int64_t row_bytes = n * (kind == KIND_F32 ? 4 : 2);
+    for (int64_t row = 0; row < num_rows; row++) {
+        if (ids[row] < 0 || ids[row] >= num_ids)
+            return "a token lies outside the vocabulary";
+        op_table()->widen(kind, table + ids[row] * row_bytes, x + row * n, n);
+    }
+    return NULL;
 }
 
 const char *op_lay_out(const Layout *l, const LaidOut *out)

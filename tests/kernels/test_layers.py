@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,13 +121,21 @@ def test_the_head_is_its_operations_to_the_bit() -> None:
     head, weight, x = packed(61, HIDDEN, torch.bfloat16), normal(HIDDEN, seed=1), normal(9, HIDDEN)
     rows = [8, 0, 3, 3]
     want = kernels.linear(kernels.rms_norm(x[rows], weight, EPS), head)
-    got = kernels.normed_linear(x, rows, weight, EPS, head)
+    got = kernels.normed_linear(x, rows, weight, head, eps=EPS)
     assert torch.equal(got, want) or not kernels.native_available()
     torch.testing.assert_close(got, want)
-    assert kernels.normed_linear(x, [], weight, EPS, head).shape == (0, 61)
+    assert kernels.normed_linear(x, [], weight, head, eps=EPS).shape == (0, 61)
 
 
 @needs_native
 def test_a_row_without_hidden_state_is_refused() -> None:
     with pytest.raises(ValueError, match="outside the rows"):
-        kernels.normed_linear(normal(2, 8), [2], normal(8), EPS, packed(5, 8, torch.float32))
+        kernels.normed_linear(normal(2, 8), [2], normal(8), packed(5, 8, torch.float32), eps=EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_embedding_is_its_twin_to_the_bit(dtype: torch.dtype) -> None:
+    table, ids = normal(9, 61).to(dtype), array("i", [8, 0, 3, 3])
+    assert torch.equal(kernels.embed(table, ids), reference.embed(table, ids))
+    with pytest.raises((ValueError, IndexError), match=r"outside|out of range"):
+        kernels.embed(table, array("i", [9]))
