@@ -42,6 +42,8 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
     "frames_sent": RankSeries("moemesh_frames_sent", "Frames this rank posted to other ranks, by kind.", "kind"),
     "bytes_sent": RankSeries("moemesh_bytes_sent", "Bytes this rank posted to other ranks."),
     "steps": RankSeries("moemesh_steps", "Forward passes that this rank took part in."),
+    "busy_seconds": RankSeries("moemesh_busy_seconds", "Time in which this rank had something to do."),
+    "kernel_seconds": RankSeries("moemesh_kernel_seconds", "Time of that in which its kernels computed (CPU only)."),
     "preemptions": RankSeries("moemesh_preemptions", "Sequences that gave up their cache to others."),
     "prefix_cache_queries": RankSeries(
         "moemesh_prefix_cache_queries", "Tokens of new sequences that were looked up in the prefix cache."

@@ -9,6 +9,7 @@ import logging
 import time
 from typing import Protocol
 
+import kernels
 from experts import ExpertClient, ExpertService, answer_frame
 from gating import ExpertLoad
 from mesh_config.model_config import ModelConfig
@@ -67,12 +68,15 @@ class RankEngine:
         self._idle = IdleWait(control, alone=link.num_ranks == 1)
         self._stopping = False
         self._next_stats = 0.0
+        self._busy_seconds = 0.0
         self._reported: dict[str, float] = {}
 
     def run(self) -> None:
         """Serve until told to stop. Raises RankLost, or whatever went wrong."""
         while not self._stopping:
+            began = time.perf_counter()
             if self.turn():
+                self._busy_seconds += time.perf_counter() - began
                 self._idle.worked()
             else:
                 self._idle.wait(max(0.0, self._next_stats - time.monotonic()))
@@ -190,6 +194,8 @@ class RankEngine:
         stats = self._link.stats()
         counters: dict[str, float] = {f"frames_sent:{kind.name.lower()}": n for kind, n in stats.frames_sent.items()}
         counters["bytes_sent"] = stats.bytes_sent
+        counters["busy_seconds"] = self._busy_seconds
+        counters["kernel_seconds"] = kernels.native_seconds()
         for layer, tokens in self._experts.stats.tokens_by_layer.items():
             counters[f"dispatched_tokens:{layer}"] = tokens
         if self._client is not None:

@@ -46,13 +46,15 @@ class Case:
 class Run:
     """One run of a case. `context`: tokens that a sequence had cached while decoding was timed, on average.
 
-    `routed`: tokens that the gate gave each expert of each layer, prefill and decode together.
+    Prefill and decode together: `routed`, the tokens that the gate gave each expert of each layer, and
+    `overhead_seconds`, what a step took on a rank beside the kernels' arithmetic and the waiting for peers.
     """
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     context: float
     routed: dict[int, list[int]]
+    overhead_seconds: float
 
 
 def bench_engine(options: BenchEngineOptions) -> None:
@@ -106,10 +108,12 @@ async def _measure(
 ) -> dict[str, Any]:
     draw = random.Random(options.seed)
     done = []
-    async with started_mesh(options.engine_options(), plan, Metrics()) as controller:
+    metrics = Metrics()
+    async with started_mesh(options.engine_options(), plan, metrics) as controller:
         await show_loading(controller)
-        engine = _Engine(controller, draw)
+        engine = _Engine(controller, metrics, draw)
         await engine.prefill(engine.prompts(1, cases[0].prompt_tokens))  # makes what is made at first use
+        await engine.take_counted()
         for case in cases:
             before = probe.measure()
             runs = [await engine.run(case) for _ in range(options.repeats)]
@@ -121,20 +125,24 @@ async def _measure(
 class _Engine:
     """Sends requests of random ids to a controller and notes when their tokens come."""
 
-    def __init__(self, controller: Controller, draw: random.Random) -> None:
+    def __init__(self, controller: Controller, metrics: Metrics, draw: random.Random) -> None:
         self._controller = controller
+        self._metrics = metrics
         self._draw = draw
         self._routed = self._load()
+        self._worked = self._work()
 
     async def run(self, case: Case) -> Run:
         prompts = self.prompts(case.batch_size, case.prompt_tokens)
         prefill_seconds = await self.prefill(prompts)
         window = await self.decode(case, prompts)
+        routed, overhead = await self.take_counted()
         return Run(
             prefill_tokens_per_s=case.batch_size * case.prompt_tokens / prefill_seconds,
             decode_tokens_per_s=window.tokens_per_s,
             context=case.prompt_tokens + window.mean_generated,
-            routed=await self._take_routed(),
+            routed=routed,
+            overhead_seconds=overhead,
         )
 
     async def prefill(self, prompts: Sequence[tuple[int, ...]]) -> float:
@@ -174,14 +182,20 @@ class _Engine:
                 if window.closed:
                     return
 
-    async def _take_routed(self) -> dict[int, list[int]]:
-        """What the gates chose since the last call, once the ranks have had the time to say so."""
+    async def take_counted(self) -> tuple[dict[int, list[int]], float]:
+        """`routed` and `overhead_seconds` since the last call, once the ranks have had the time to say so."""
         await asyncio.sleep(2 * STATS_SECONDS)
         before, self._routed = self._routed, self._load()
-        return {
+        routed = {
             layer: [now - then for now, then in zip(counts, before[layer], strict=True)]
             for layer, counts in self._routed.items()
         }
+        worked, self._worked = self._worked, self._work()
+        steps, busy, computing = (now - then for now, then in zip(self._worked, worked, strict=True))
+        return routed, (busy - computing) / max(1.0, steps)
+
+    def _work(self) -> tuple[float, ...]:
+        return tuple(self._metrics.ranks.total(key) for key in ("steps", "busy_seconds", "kernel_seconds"))
 
     def _load(self) -> dict[int, list[int]]:
         load = self._controller.mesh()["expert_load"]
@@ -194,6 +208,7 @@ def _case_figures(
     model = plan.model
     prefill = statistics.median(run.prefill_tokens_per_s for run in runs)
     decode = statistics.median(run.decode_tokens_per_s for run in runs)
+    overhead = statistics.median(run.overhead_seconds for run in runs)
     num_touched = _touched(model, case.batch_size, runs)
     num_bytes = decode_bytes(
         model,
@@ -212,6 +227,8 @@ def _case_figures(
         "decode_tokens_per_s": decode,
         "prefill_runs": [run.prefill_tokens_per_s for run in runs],
         "decode_runs": [run.decode_tokens_per_s for run in runs],
+        "step_overhead_seconds": overhead,
+        "step_overhead_share": overhead * decode / case.batch_size,
         "touched_experts": num_touched,
         "decode_bytes_per_step": num_bytes,
         "prefill_operations_per_token": operations,
@@ -246,7 +263,10 @@ def _describe_mesh(options: BenchEngineOptions, plan: MeshPlan) -> dict[str, Any
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as a table for people."""
-    header = ("batch", "prompt", "prefill tok/s", "% of GEMM", "decode tok/s", "ms/step", "MB/step", "% of read")
+    header = (
+        *("batch", "prompt", "prefill tok/s", "% of GEMM", "decode tok/s", "ms/step"),
+        *("ms beside kernels", "MB/step", "% of read"),
+    )
     rows = [
         (
             str(case["batch_size"]),
@@ -255,6 +275,7 @@ def describe(figures: dict[str, Any]) -> str:
             f"{100 * case['prefill_share_of_gemm']:.0f}",
             f"{case['decode_tokens_per_s']:.1f}",
             f"{1000 * case['batch_size'] / case['decode_tokens_per_s']:.2f}",
+            f"{1000 * case['step_overhead_seconds']:.2f}",
             f"{case['decode_bytes_per_step'] / 1e6:.1f}",
             f"{100 * case['decode_share_of_read']:.0f}",
         )

@@ -25,6 +25,7 @@ def test_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert case["prefill_tokens_per_s"] > 0
         assert case["decode_tokens_per_s"] > 0
         assert 0 < case["decode_share_of_read"] < 2
+        assert 0 < case["step_overhead_seconds"] < 1
     assert one["touched_experts"] == pytest.approx(3 * 8)  # observed: eight experts in each of three layers
     assert two["decode_bytes_per_step"] > one["decode_bytes_per_step"]
 
