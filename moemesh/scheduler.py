@@ -17,67 +17,16 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from enum import Enum
 
 from attention.block_pool import BlockPool
 from moemesh.cached_prefix import CachedPrefix
+from moemesh.scheduler_entry import Draft, Entry, State, priority_of
 from moemesh.scheduler_records import SchedulerLimits, SchedulerStats
 from moemesh.sequence import Sampled, SamplingError, Sequence, SequenceOutput, validate
 from moemesh.step_plan import AdmittedSequence, ScheduledSequence, StepPlan
 
 SampledById = Mapping[int, Sampled | SamplingError]
 RowLogprobsById = Mapping[int, SequenceOf[Sampled | SamplingError]]
-
-
-class _State(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    IN_FLIGHT = "in flight"
-    CANCELLED = "cancelled"
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Entry:
-    """A sequence and what only the scheduler knows of it. `num_*_told`: how much of it the mirrors have been told.
-
-    `num_cached`: how much of the sequence the prefix cache had when it was first admitted; None until then.
-    """
-
-    sequence: Sequence
-    prefix: CachedPrefix
-    priority: tuple[bool, int]
-    max_blocks: int
-    wants_prompt_logprobs: bool
-    state: _State = _State.WAITING
-    num_blocks_told: int = 0
-    num_tokens_told: int = 0
-    num_cached: int | None = None
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether it may begin with cached blocks."""
-        return self.prefix.enabled and not self.wants_prompt_logprobs
-
-    def __str__(self) -> str:
-        s = self.sequence
-        return (
-            f"sequence {s.seq_id} ({self.state.value}, {s.num_computed} of {s.num_tokens} tokens computed, "
-            f"{len(s.block_table)} blocks)"
-        )
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making: the rows still to be given away, and the items so far."""
-
-    budget: int
-    items: list[ScheduledSequence] = field(default_factory=list)
-    admitted: list[AdmittedSequence] = field(default_factory=list)
-
-
-def _priority(entry: _Entry) -> tuple[bool, int]:
-    return entry.priority
 
 
 class Scheduler:
@@ -105,10 +54,10 @@ class Scheduler:
         self._limits = limits
         self._prefix_key = prefix_key
         self._prefix_by_role = prefix_by_role
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         # Both sorted by priority. `_running` also has those in flight, but not the cancelled.
-        self._waiting: list[_Entry] = []
-        self._running: list[_Entry] = []
+        self._waiting: list[Entry] = []
+        self._running: list[Entry] = []
         self._plans: dict[int, StepPlan] = {}
         self._released: list[int] = []
         self._num_added = 0
@@ -145,7 +94,7 @@ class Scheduler:
         if sequence.seq_id in self._entries:
             raise ValueError(f"sequence {sequence.seq_id} is known already: {self._entries[sequence.seq_id]}")
         validate(sequence, self._limits.max_model_len)
-        entry = _Entry(
+        entry = Entry(
             sequence=sequence,
             prefix=CachedPrefix(sequence, self._pool, self._prefix_key, by_role=self._prefix_by_role),
             priority=(not sequence.output_ids, self._num_added),
@@ -154,7 +103,7 @@ class Scheduler:
         )
         self._num_added += 1
         self._entries[sequence.seq_id] = entry
-        insort(self._waiting, entry, key=_priority)
+        insort(self._waiting, entry, key=priority_of)
 
     def cancel(self, seq_id: int) -> bool:
         """Forget a sequence; it gives no further output. False if it is not known (it may just have finished).
@@ -162,18 +111,18 @@ class Scheduler:
         Its blocks are free at once, or, if its step is in flight, when that is applied.
         """
         entry = self._entries.get(seq_id)
-        if entry is None or entry.state is _State.CANCELLED:
+        if entry is None or entry.state is State.CANCELLED:
             return False
-        if entry.state is _State.IN_FLIGHT:
+        if entry.state is State.IN_FLIGHT:
             self._running.remove(entry)
-            entry.state = _State.CANCELLED
+            entry.state = State.CANCELLED
         else:
             self._forget(entry)
         return True
 
     def schedule(self) -> StepPlan | None:
         """The next step, now in flight: decoding rows first, then prompts in chunks. None if there is nothing to do."""
-        draft = _Draft(self._limits.max_num_batched_tokens)
+        draft = Draft(self._limits.max_num_batched_tokens)
         self._plan_decodes(draft)
         self._plan_prefills(draft)
         self._admit(draft)
@@ -220,23 +169,23 @@ class Scheduler:
             )
         return needed
 
-    def _plan_decodes(self, draft: _Draft) -> None:
+    def _plan_decodes(self, draft: Draft) -> None:
         for entry in list(self._running):
             if draft.budget == 0:
                 return
             # A sequence further up may have pre-empted this one.
-            if entry.state is _State.RUNNING and entry.sequence.num_uncomputed == 1 and self._grow(entry):
+            if entry.state is State.RUNNING and entry.sequence.num_uncomputed == 1 and self._grow(entry):
                 self._plan_chunk(draft, entry)
 
-    def _plan_prefills(self, draft: _Draft) -> None:
+    def _plan_prefills(self, draft: Draft) -> None:
         for entry in self._running:
             if draft.budget == 0:
                 return
             # All blocks of a prompt were given at admission. One token missing: a decode that could not grow.
-            if entry.state is _State.RUNNING and entry.sequence.num_uncomputed > 1:
+            if entry.state is State.RUNNING and entry.sequence.num_uncomputed > 1:
                 self._plan_chunk(draft, entry)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Admit the oldest waiting sequences. None overtakes one that does not fit, or the long would never get in.
 
         One whose next block is just being computed for another waits for it, and for nothing else, in its place.
@@ -252,13 +201,13 @@ class Scheduler:
             if not self._give_blocks(entry, cached):
                 return
             self._waiting.remove(entry)
-            insort(self._running, entry, key=_priority)
-            entry.state = _State.RUNNING
+            insort(self._running, entry, key=priority_of)
+            entry.state = State.RUNNING
             entry.num_tokens_told = entry.sequence.num_tokens
             draft.admitted.append(AdmittedSequence.of(entry.sequence))
             self._plan_chunk(draft, entry)
 
-    def _give_blocks(self, entry: _Entry, cached: list[int]) -> bool:
+    def _give_blocks(self, entry: Entry, cached: list[int]) -> bool:
         """Blocks for all tokens of a waiting sequence, the `cached` ones first; False if it must wait for them."""
         sequence = entry.sequence
         # Enough for all its tokens now, and one block to grow into for each that runs: otherwise it would soon be
@@ -275,13 +224,13 @@ class Scheduler:
             self._num_prefix_hits += sequence.num_computed
         return True
 
-    def _grow(self, entry: _Entry) -> bool:
+    def _grow(self, entry: Entry) -> bool:
         """Blocks for all tokens of `entry`, at the cost of the newest; False if it must wait or is the newest."""
         sequence = entry.sequence
         missing = self._pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
         while missing > self._pool.num_free:
             newest = self._running[-1]
-            if newest.state is _State.IN_FLIGHT:
+            if newest.state is State.IN_FLIGHT:
                 return False
             self._preempt(newest)
             if newest is entry:
@@ -289,21 +238,21 @@ class Scheduler:
         sequence.block_table += self._pool.allocate(missing)
         return True
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         """Back to waiting with nothing computed; being older than all that never ran, it is at the front there."""
         self._running.remove(entry)
         self._free_blocks(entry)
         entry.sequence.num_computed = 0
-        entry.state = _State.WAITING
-        insort(self._waiting, entry, key=_priority)
+        entry.state = State.WAITING
+        insort(self._waiting, entry, key=priority_of)
         self._num_preemptions += 1
 
-    def _plan_chunk(self, draft: _Draft, entry: _Entry) -> None:
+    def _plan_chunk(self, draft: Draft, entry: Entry) -> None:
         """Put as many uncomputed tokens of a running sequence into the plan as the budget allows."""
         sequence = entry.sequence
         start, count = sequence.num_computed, min(sequence.num_uncomputed, draft.budget)
         reaches_end = count == sequence.num_uncomputed
-        logprob_start, logprob_stop = _wanted_prompt_logprobs(entry, start, start + count)
+        logprob_start, logprob_stop = entry.wanted_prompt_logprobs(start, start + count)
         draft.items.append(
             ScheduledSequence(
                 seq_id=sequence.seq_id,
@@ -318,7 +267,7 @@ class Scheduler:
         )
         draft.budget -= count
         entry.num_blocks_told, entry.num_tokens_told = len(sequence.block_table), sequence.num_tokens
-        entry.state = _State.IN_FLIGHT
+        entry.state = State.IN_FLIGHT
 
     def _new_plan(self, items: tuple[ScheduledSequence, ...], admitted: tuple[AdmittedSequence, ...]) -> StepPlan:
         plan = StepPlan(step=self._num_plans, items=items, admitted=admitted, released=tuple(self._released))
@@ -329,9 +278,9 @@ class Scheduler:
     def _check_results(self, item: ScheduledSequence, sampled: SampledById, rows: RowLogprobsById) -> None:
         """All of a plan's results are there, checked before anything changes."""
         entry = self._entries[item.seq_id]
-        if entry.state is _State.CANCELLED:
+        if entry.state is State.CANCELLED:
             return
-        if entry.state is not _State.IN_FLIGHT or entry.sequence.num_computed != item.start:
+        if entry.state is not State.IN_FLIGHT or entry.sequence.num_computed != item.start:
             raise AssertionError(f"a result for positions {item.start} to {item.stop} came for {entry}")
         if item.sample and item.seq_id not in sampled:
             raise AssertionError(f"no sampled token came for {entry}")
@@ -344,10 +293,10 @@ class Scheduler:
     ) -> SequenceOutput | None:
         entry = self._entries[item.seq_id]
         sequence = entry.sequence
-        if entry.state is _State.CANCELLED:
+        if entry.state is State.CANCELLED:
             self._forget(entry)
             return None
-        entry.state = _State.RUNNING
+        entry.state = State.RUNNING
         sequence.num_computed = item.stop
         entry.prefix.publish()
         for row in rows.get(item.seq_id, ()):
@@ -359,7 +308,7 @@ class Scheduler:
             return self._fail(entry, result)
         return self._output(entry, result) if sequence.num_uncomputed == 0 else None
 
-    def _output(self, entry: _Entry, sampled: Sampled | None) -> SequenceOutput:
+    def _output(self, entry: Entry, sampled: Sampled | None) -> SequenceOutput:
         """The output of a sequence all of whose tokens are computed, with the token it goes on with."""
         sequence = entry.sequence
         position = sequence.num_tokens
@@ -384,34 +333,25 @@ class Scheduler:
             finish_reason=finish_reason,
         )
 
-    def _fail(self, entry: _Entry, error: SamplingError) -> SequenceOutput:
+    def _fail(self, entry: Entry, error: SamplingError) -> SequenceOutput:
         self._forget(entry)
         return SequenceOutput(seq_id=entry.sequence.seq_id, position=entry.sequence.num_tokens, error=error.reason)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """The end of a sequence in any state but in flight: nothing of it is left here."""
-        if entry.state is _State.IN_FLIGHT:
+        if entry.state is State.IN_FLIGHT:
             raise AssertionError(f"forgotten while its step writes its blocks: {entry}")
-        if entry.state is _State.RUNNING:
+        if entry.state is State.RUNNING:
             self._running.remove(entry)
-        elif entry.state is _State.WAITING:
+        elif entry.state is State.WAITING:
             self._waiting.remove(entry)
-        if entry.state is not _State.WAITING:
+        if entry.state is not State.WAITING:
             self._free_blocks(entry)
         del self._entries[entry.sequence.seq_id]
 
-    def _free_blocks(self, entry: _Entry) -> None:
+    def _free_blocks(self, entry: Entry) -> None:
         """The blocks of an admitted sequence are free; the mirrors drop it with the next plan."""
         self._pool.free(entry.sequence.block_table)
         entry.sequence.block_table.clear()
         entry.num_blocks_told = 0
         self._released.append(entry.sequence.seq_id)
-
-
-def _wanted_prompt_logprobs(entry: _Entry, start: int, stop: int) -> tuple[int, int]:
-    """The positions start <= p < stop whose rows score a prompt token not scored before; (0, 0) if there is none."""
-    if not entry.wants_prompt_logprobs:
-        return 0, 0
-    first = max(start, len(entry.sequence.prompt_logprobs))
-    last = min(stop, len(entry.sequence.prompt_ids) - 1)
-    return (first, last) if first < last else (0, 0)

@@ -8,7 +8,7 @@ typedef union {
     int32_t bits[QUANTIZE_BLOCK];
 } Block;
 
-INLINE void widen(const int64_t kind, const uint8_t *p, int64_t n, Block *out)
+INLINE void widen_block(const int64_t kind, const uint8_t *p, int64_t n, Block *out)
 {
     uint16_t halves[QUANTIZE_BLOCK];
     if (kind == KIND_F32) {
@@ -56,7 +56,7 @@ static int quantize(const Quantize *q, int64_t row)
     for (int64_t i = 0; i < num_blocks; i++) {
         const int64_t k = i * q->block, n = q->num_in - k < q->block ? q->num_in - k : q->block;
         Block block;
-        widen(q->kind, q->source + row * q->row_bytes + k * size, n, &block);
+        widen_block(q->kind, q->source + row * q->row_bytes + k * size, n, &block);
         const int32_t top = largest(&block, n);
         q->scales[row * num_blocks + i] = quantize_block(&block, n, top, q->values + row * q->num_in + k);
         finite &= top < 0x7F800000;
