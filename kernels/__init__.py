@@ -11,7 +11,7 @@ from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, ml
 from kernels.panels import BlockScale, dequantize
 from kernels.quantization import INT8_BLOCK, quantize
 from kernels.routing import Gate, route
-from kernels.rows import add_rms_norm_, argmax, combine, log_softmax, rms_norm, rope_, tree_add
+from kernels.rows import add_rms_norm_, combine, rms_norm, rope_, tree_add
 from kernels.runtime import (
     force_isa,
     isa,
@@ -44,7 +44,6 @@ __all__ = [
     "SlotPlan",
     "TokenScore",
     "add_rms_norm_",
-    "argmax",
     "combine",
     "dequantize",
     "embed",
@@ -56,7 +55,6 @@ __all__ = [
     "isa",
     "lay_out",
     "linear",
-    "log_softmax",
     "mla",
     "mla_attend",
     "mla_attention",

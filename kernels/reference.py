@@ -282,14 +282,6 @@ def combine(
     return y_TH
 
 
-def log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
-    return logits_TV.log_softmax(-1)
-
-
-def argmax(logits_TV: torch.Tensor) -> torch.Tensor:
-    return logits_TV.argmax(-1)
-
-
 def tree_add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]

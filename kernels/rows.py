@@ -1,4 +1,4 @@
-"""Operations on rows: norm, rotary embedding, combine, softmax, argmax, tree sum.
+"""Operations on rows: norm, rotary embedding, combine, tree sum.
 
 Legend: T rows, H hidden, V vocabulary, K top-k, S slots, n heads, R rotary dim.
 """
@@ -83,28 +83,6 @@ def combine(
         rows_SH.data_ptr(), num_slots, slots_at, weights_at, base_at, y_TH.data_ptr(), num_rows, top_k, width
     )
     return y_TH
-
-
-def log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of each row, float32."""
-    require(logits_TV, "logits", (None, None))
-    if not runs_native(logits_TV):
-        return reference.log_softmax(logits_TV)
-    out_TV = torch.empty_like(logits_TV)
-    native.log_softmax(logits_TV.data_ptr(), out_TV.data_ptr(), *logits_TV.shape)
-    return out_TV
-
-
-def argmax(logits_TV: torch.Tensor) -> torch.Tensor:
-    """int64[T]: where each row is largest, the lowest index of equals. NaN counts as the largest."""
-    require(logits_TV, "logits", (None, None))
-    if logits_TV.shape[1] == 0:
-        raise ValueError("argmax of rows of width 0 does not exist")
-    if not runs_native(logits_TV):
-        return reference.argmax(logits_TV)
-    out_T = torch.empty(logits_TV.shape[0], dtype=torch.int64)
-    native.argmax(logits_TV.data_ptr(), out_T.data_ptr(), *logits_TV.shape)
-    return out_T
 
 
 def tree_add(parts: Sequence[torch.Tensor]) -> torch.Tensor:

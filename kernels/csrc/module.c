@@ -130,8 +130,6 @@ OPERATION(heads, "pipiiip", op_heads(v[0].p, v[1].i, v[2].p, v[3].i, v[4].i, v[5
 OPERATION(grouped_ffn, "ppipppiip", run_grouped_ffn(v))
 OPERATION(rms_norm, "pppiif", op_rms_norm(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, (float)v[5].f))
 OPERATION(add_rms_norm, "ppppiif", op_add_rms_norm(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].i, (float)v[6].f))
-OPERATION(log_softmax, "ppii", op_log_softmax(v[0].p, v[1].p, v[2].i, v[3].i))
-OPERATION(argmax, "ppii", op_argmax(v[0].p, v[1].p, v[2].i, v[3].i))
 OPERATION(sample, "pppii", op_sample(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i))
 OPERATION(score, "pppiiipppp", run_score(v))
 OPERATION(normed_linear, "pppiipfp",
@@ -230,8 +228,8 @@ static PyObject *py_nanoseconds(PyObject *module, PyObject *none)
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(log_softmax),
-    FAST(argmax), FAST(sample), FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
+    FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(sample),
+    FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
     FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(quantize),
     FAST(read_file), FAST(advise_huge_pages), FAST(read_all),

@@ -31,8 +31,6 @@ const char *op_moe(const Experts *e, const float *x, int64_t num_rows, const Slo
 const char *op_rms_norm(const float *x, const float *weight, float *y, int64_t num_rows, int64_t n, float eps);
 const char *op_add_rms_norm(float *x, const float *y, const float *weight, float *out, int64_t num_rows, int64_t n,
                             float eps); /* x += y, out = rms_norm(x) */
-const char *op_log_softmax(const float *x, float *y, int64_t num_rows, int64_t n);
-const char *op_argmax(const float *x, int64_t *y, int64_t num_rows, int64_t n);
 /* tokens[row]: the sampled id, NOT_FINITE or NO_TOKEN. */
 const char *op_sample(const float *logits, const Draw *draws, int64_t *tokens, int64_t num_rows, int64_t vocab);
 const char *op_score(const Scoring *s, int64_t num_rows);

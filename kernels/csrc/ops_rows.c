@@ -46,7 +46,6 @@ const KernelTable *op_table(void) { return table; }
 typedef struct {
     const float *x, *weight;
     float *y, *sum; /* sum: x, to be changed */
-    int64_t *indices;
     int64_t n;
     float eps;
 } Rows;
@@ -68,20 +67,6 @@ static void add_rms_norm_task(const void *argument, int64_t row, void *scratch)
     table->rms_norm(sum, r->weight, r->y + row * r->n, r->n, r->eps);
 }
 
-static void log_softmax_task(const void *argument, int64_t row, void *scratch)
-{
-    const Rows *r = argument;
-    (void)scratch;
-    table->log_softmax(r->x + row * r->n, r->y + row * r->n, r->n);
-}
-
-static void argmax_task(const void *argument, int64_t row, void *scratch)
-{
-    const Rows *r = argument;
-    (void)scratch;
-    r->indices[row] = table->argmax(r->x + row * r->n, r->n);
-}
-
 static const char *run_rows(PoolTask task, const Rows *r, int64_t num_rows)
 {
     pool_run(task, r, num_rows, num_rows * r->n <= SMALL_WORK);
@@ -98,16 +83,6 @@ const char *op_add_rms_norm(float *x, const float *y, const float *weight, float
 {
     Rows r = {.x = y, .weight = weight, .y = out, .sum = x, .n = n, .eps = eps};
     return run_rows(add_rms_norm_task, &r, num_rows);
-}
-
-const char *op_log_softmax(const float *x, float *y, int64_t num_rows, int64_t n)
-{
-    return run_rows(log_softmax_task, &(Rows){.x = x, .y = y, .n = n}, num_rows);
-}
-
-const char *op_argmax(const float *x, int64_t *y, int64_t num_rows, int64_t n)
-{
-    return run_rows(argmax_task, &(Rows){.x = x, .indices = y, .n = n}, num_rows);
 }
 
 /* Rotary embedding (Su et al., arXiv 2104.09864): pair i is (2i, 2i+1) if interleave, else (i, width/2 + i). */

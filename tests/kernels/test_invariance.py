@@ -84,14 +84,19 @@ def combine(width: int) -> Run:
     return lambda rows: kernels.combine(answers, slots[rows], weights[rows], base[rows])
 
 
-def log_softmax(width: int) -> Run:
-    x = normal(NUM_ROWS, width) * 5
-    return lambda rows: kernels.log_softmax(x[rows])
+def scores(width: int) -> Run:
+    x, token_ids = normal(NUM_ROWS, width) * 5, torch.arange(NUM_ROWS) % width
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        found = kernels.score(x[rows], token_ids[rows].tolist(), [3] * rows.shape[0])
+        return torch.tensor([[score.logprob, *score.top_logprobs] for score in found if score is not None])
+
+    return run
 
 
-def argmax(width: int) -> Run:
+def best(width: int) -> Run:
     x = torch.randint(0, 9, (NUM_ROWS, width), generator=seeded()).float()
-    return lambda rows: kernels.argmax(x[rows])[:, None].float()
+    return lambda rows: torch.tensor(kernels.sample(x[rows], [kernels.BEST] * rows.shape[0]))[:, None].float()
 
 
 def tree_add(width: int) -> Run:
@@ -139,8 +144,8 @@ OPERATIONS: dict[str, Callable[[int], Run]] = {
     "rope": rope,
     "route": route,
     "combine": combine,
-    "log_softmax": log_softmax,
-    "argmax": argmax,
+    "scores": scores,
+    "best": best,
     "tree_add": tree_add,
     "mla_attention": mla_attention,
     "expanded_attention": expanded_attention,

@@ -1,7 +1,5 @@
 """Row operations against torch, in double where it shows more."""
 
-import math
-
 import pytest
 import torch
 
@@ -18,28 +16,6 @@ def test_rms_norm(width: int) -> None:
     want = weight.double() * x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     assert relative_error(kernels.rms_norm(x, weight, 1e-6), want) < 1e-6
     assert relative_error(reference.rms_norm(x, weight, 1e-6), want) < 1e-6
-
-
-@pytest.mark.parametrize("width", [*WIDTHS, 40_000])
-def test_log_softmax(width: int) -> None:
-    x = normal(3, width) * 8
-    limit = 4e-6 if kernels.native_available() else 1e-5
-    assert (kernels.log_softmax(x) - x.double().log_softmax(-1)).abs().max() < limit
-
-
-def test_log_softmax_of_masked_logits() -> None:
-    got = kernels.log_softmax(torch.tensor([[0.0, -math.inf, 0.0]]))
-    assert got[0, 1] == -math.inf
-    assert abs(float(got[0, 0]) + math.log(2)) < 1e-7
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_argmax_takes_the_first_of_equals(width: int) -> None:
-    x = torch.randint(0, 4, (20, width), generator=seeded()).float()
-    assert torch.equal(kernels.argmax(x), reference.argmax(x))
-    x[3, width // 2] = math.nan
-    x[4] = -math.inf
-    assert torch.equal(kernels.argmax(x), reference.argmax(x))
 
 
 @pytest.mark.parametrize("interleave", [True, False])

@@ -145,6 +145,22 @@ def test_a_row_depends_on_neither_company_threads_nor_instruction_set(isa: str) 
     ]
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 61, 1000])
+def test_the_best_is_the_first_of_equals(vocab: int) -> None:
+    logits_BV = torch.randint(0, 4, (20, vocab), generator=seeded()).float()
+    assert kernels.sample(logits_BV, [kernels.BEST] * 20) == logits_BV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 61, 1000, 40_000])
+def test_log_probabilities_against_double(vocab: int) -> None:
+    logits_RV = normal(3, vocab) * 8
+    token_ids = [0, vocab // 2, vocab - 1]
+    limit = 4e-6 if kernels.native_available() else 1e-5
+    want = logits_RV.double().log_softmax(-1)[range(3), token_ids].tolist()
+    scores = kernels.score(logits_RV, token_ids, [0, 0, 0])
+    assert [score.logprob for score in scores if score is not None] == pytest.approx(want, abs=limit, rel=0)
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 def test_scores_are_their_twin(num_rows: int) -> None:
     logits_RV = (normal(num_rows, 61) * 3).round()
