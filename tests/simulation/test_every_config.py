@@ -58,7 +58,7 @@ def _run(mesh: LocalMesh, requests: list[tuple[list[int], SamplingParams]]) -> l
 
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda case: case.name)
 def test_every_shape_gives_the_same(case: OracleCase, tmp_path: Path) -> None:
-    _check_shapes(case, tmp_path, quantization=None)
+    _check_shapes(case, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["v3_awkward_sizes", "v3_halves_rotated_tied", "v3_float16", "v2_lite_like"])
@@ -66,10 +66,18 @@ def test_every_shape_gives_the_same_in_int8(name: str, tmp_path: Path) -> None:
     _check_shapes(ORACLE_CONFIGS[name], tmp_path, quantization="int8")
 
 
-def _check_shapes(case: OracleCase, tmp_path: Path, *, quantization: Quantization | None) -> None:
+@pytest.mark.parametrize(("name", "quantization"), [("v3_fp8", None), ("v3_awkward_sizes", "int8")])
+def test_every_shape_gives_the_same_with_expanded_prompts(
+    name: str, quantization: Quantization | None, tmp_path: Path
+) -> None:
+    """Weights of heads with block scales, in both directions that the expanded form takes them."""
+    _check_shapes(ORACLE_CONFIGS[name], tmp_path, quantization=quantization, prefill_attention="expanded")
+
+
+def _check_shapes(case: OracleCase, tmp_path: Path, **fields: Any) -> None:
     folder = case.write(tmp_path, seed=2)
     requests = _requests(load_model_config(folder))
-    expected = _run(LocalMesh(folder, quantization=quantization), requests)
+    expected = _run(LocalMesh(folder, **fields), requests)
     for seed, shape in enumerate(_shapes(load_model_config(folder)), start=1):
-        mesh = LocalMesh(folder, seed=seed, num_cache_blocks=SMALL_CACHE, quantization=quantization, **shape)
+        mesh = LocalMesh(folder, seed=seed, num_cache_blocks=SMALL_CACHE, **fields, **shape)
         assert _run(mesh, requests) == expected, shape
