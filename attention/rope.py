@@ -4,8 +4,8 @@ Shape legend: P positions, R rotary width.
 """
 
 import torch
-from torch import Tensor
 
+import kernels
 from mesh_config.model_config import ModelConfig
 from mesh_config.rope import rope_frequencies
 
@@ -20,14 +20,5 @@ class RotaryTable:
         frequencies, scaling = rope_frequencies(config.rope, config.qk_rope_head_dim)
         inverse_R = torch.tensor(frequencies, dtype=torch.float32)
         angles_PR = torch.arange(max_positions, dtype=torch.float32)[:, None] * inverse_R[None, :]
-        self.cos_PR = (angles_PR.cos() * scaling).to(device)
-        self.sin_PR = (angles_PR.sin() * scaling).to(device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.cos_PR.device
-
-    @property
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [P, R/2] each."""
-        return self.cos_PR, self.sin_PR
+        cos_PR, sin_PR = angles_PR.cos() * scaling, angles_PR.sin() * scaling
+        self.angles = kernels.Angles(cos_PR.to(device), sin_PR.to(device))

@@ -16,7 +16,7 @@ from kernels import AttentionBatch
 from transport.collectives import GroupCall, all_gather_rows, reduce_scatter_tree
 from transport.links import Link
 from transport.mailbox import Mailbox
-from transport.shards import row_split
+from transport.shards import owned_rows
 from transport.tasks import Steps
 from transport.trace import Trace
 
@@ -42,12 +42,13 @@ class AttentionService:
         self._link = link
         self._mailbox = mailbox
         self._members = members
+        self._index = members.index(link.rank)
         self._num_shards = num_shards
         self._trace = trace
 
     def owned_rows(self, num_rows: int) -> tuple[int, int]:
         """(start, stop) of the rows of a micro-batch that this member owns."""
-        return row_split(num_rows, len(self._members))[self._members.index(self._link.rank)]
+        return owned_rows(num_rows, len(self._members), self._index)
 
     def attend(
         self, layer: int, x_OH: Tensor, batch: AttentionBatch, *, generation: int, step: int, micro_batch: int

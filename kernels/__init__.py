@@ -5,11 +5,13 @@ from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
 from kernels.files import read_into
 from kernels.heads import PackedHeads, head_linear, pack_heads
-from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers_
+from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers
+from kernels.layout import Angles, AttentionBatch, BatchRows, Span, lay_out
 from kernels.linear import PackedLinear, embed, linear, normed_linear, pack_linear
-from kernels.mla import AttentionBatch, MlaWeights, lay_out, mla, mla_attend, mla_project
+from kernels.mla import MlaWeights, mla, mla_attend, mla_project
 from kernels.panels import BlockScale, dequantize
 from kernels.quantization import INT8_BLOCK, quantize
+from kernels.room import Room
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, combine, rms_norm, rope_, tree_add
 from kernels.runtime import (
@@ -21,7 +23,7 @@ from kernels.runtime import (
     num_threads,
     set_num_threads,
 )
-from kernels.sampling import sample, score
+from kernels.sampling import sample, sample_rows, score
 from kernels.slots import SlotPlan, plan_slots
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "KEY_BLOCK",
     "NOT_FINITE",
     "NO_TOKEN",
+    "Angles",
     "AttentionBatch",
+    "BatchRows",
     "BlockScale",
     "Draw",
     "Gate",
@@ -40,8 +44,10 @@ __all__ = [
     "PackedExperts",
     "PackedHeads",
     "PackedLinear",
+    "Room",
     "RoutedExperts",
     "SlotPlan",
+    "Span",
     "TokenScore",
     "add_rms_norm_",
     "combine",
@@ -72,8 +78,9 @@ __all__ = [
     "rms_norm",
     "rope_",
     "route",
-    "run_layers_",
+    "run_layers",
     "sample",
+    "sample_rows",
     "score",
     "set_num_threads",
     "tree_add",

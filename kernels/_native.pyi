@@ -52,6 +52,20 @@ def normed_linear(
     y_at: int,
     /,
 ) -> None: ...
+def sample_rows(
+    matrix_at: int,
+    x_at: int,
+    index_at: int,
+    num_index: int,
+    num_rows: int,
+    weight_at: int,
+    eps: float,
+    logits_at: int,
+    draws_at: int,
+    num_draws: int,
+    tokens_at: int,
+    /,
+) -> None: ...
 def rope(
     x_at: int,
     row_stride: int,
@@ -164,22 +178,19 @@ def mla_attend(
 def mla(weights_at: int, batch_at: int, x_at: int, cache_at: int, num_blocks: int, out_at: int, /) -> None: ...
 def embed(table_at: int, kind: int, num_ids: int, width: int, ids_at: int, num_rows: int, x_at: int, /) -> None: ...
 def lay_out(
-    ranges_at: int,
-    tables_at: int,
-    num_items: int,
+    spans_at: int,
+    num_spans: int,
     max_blocks: int,
+    num_rows: int,
+    expands: int,
     cos_at: int,
     sin_at: int,
     num_positions: int,
-    half_rope: int,
-    positions_at: int,
-    row_sequence_at: int,
-    slots_at: int,
-    row_cos_at: int,
-    row_sin_at: int,
+    half: int,
+    batch_at: int,
     /,
 ) -> None: ...
-def layers(stack_at: int, batch_at: int, x_at: int, /) -> None: ...
+def layers(stack_at: int, batch_at: int, ids_at: int, x_at: int, /) -> None: ...
 def pack(
     source_at: int,
     row_bytes: int,

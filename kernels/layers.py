@@ -1,4 +1,4 @@
-"""A stack of layers in one call, for a rank that has all of each: no peer's rows, no peer's experts.
+"""Embedding and layers in one call, for a rank that has all of each: no peer's rows, no peer's experts.
 
 Legend: T rows, H hidden, E experts, K top-k.
 """
@@ -6,6 +6,7 @@ Legend: T rows, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ import torch
 
 from kernels import reference
 from kernels.experts import PackedExperts
-from kernels.mla import AttentionBatch, MlaWeights
+from kernels.layout import AttentionBatch
+from kernels.linear import EMBEDDINGS
+from kernels.mla import MlaWeights
+from kernels.panels import KINDS
 from kernels.routing import Gate
 from kernels.runtime import native, require
 
@@ -92,34 +96,44 @@ def _routed_words(routed: RoutedExperts) -> list[int]:
 
 
 class LayerStack:
-    """All layers of a model, checked once, here. It keeps what it was given and owns nothing of it."""
+    """The embedding and all layers, checked once, here. It keeps what it was given and owns nothing of it."""
 
-    def __init__(self, layers: Sequence[Layer], *, eps: float) -> None:
+    def __init__(self, layers: Sequence[Layer], *, embedding: torch.Tensor, eps: float) -> None:
         first = layers[0].attention
-        self.layers, self.eps = tuple(layers), eps
+        self.layers, self.embedding, self.eps = tuple(layers), embedding, eps
         self.hidden = first.hidden
+        require(embedding, "embedding", (None, self.hidden), embedding.dtype)
         num_blocks = layers[0].cache.shape[0]
         for layer in layers:
             layer.check(self.hidden, num_blocks)
-        self.is_native = first.is_native
+        self.is_native = first.is_native and embedding.dtype in EMBEDDINGS
         if self.is_native:
             self._layers = torch.tensor([layer.words() for layer in layers], dtype=torch.int64)
             words = [self._layers.data_ptr(), len(layers), self.hidden, num_blocks, _bits(eps)]
+            words += [embedding.data_ptr(), KINDS[embedding.dtype], embedding.shape[0]]
             self._struct = torch.tensor(words, dtype=torch.int64)  # struct Stack of csrc/kernels.h
             self.address = self._struct.data_ptr()
 
 
-def run_layers_(x_TH: torch.Tensor, stack: LayerStack, batch: AttentionBatch) -> torch.Tensor:
-    """Lead the embedded rows of a batch through all layers, in place; the same bits as the single operations.
-
-    Raises ValueError on an index out of range (native only).
+def run_layers(
+    ids: array[int], stack: LayerStack, batch: AttentionBatch, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Embed the int32 ids ("i") of a batch's rows and lead them through all layers; the same bits as the single
+    operations, [T, H]. `out` receives the result if given. Raises ValueError on an index out of range (native only).
     """
-    require(x_TH, "x", (batch.num_rows, stack.hidden))
+    ids_at, num_rows = ids.buffer_info()
+    if num_rows != batch.num_rows:
+        raise ValueError(f"{num_rows} ids are given for a batch of {batch.num_rows} rows")
     stack.layers[0].attention.check_inputs(batch)
     if not stack.is_native:
-        return reference.run_layers_(x_TH, stack, batch)
-    native.layers(stack.address, batch.address, x_TH.data_ptr())
-    return x_TH
+        x_TH = reference.run_layers(ids, stack, batch)
+        return x_TH if out is None else out.copy_(x_TH)
+    if out is None:
+        out = torch.empty((num_rows, stack.hidden))
+    else:
+        require(out, "out", (num_rows, stack.hidden))
+    native.layers(stack.address, batch.address, ids_at, out.data_ptr())
+    return out
 
 
 def _bits(value: float) -> int:

@@ -14,7 +14,7 @@ import torch
 from kernels import panels, reference
 from kernels.runtime import native, native_available, require, runs_native
 
-_EMBEDDINGS = (torch.float32, torch.bfloat16, torch.float16)
+EMBEDDINGS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,7 +102,7 @@ def linear(x_TK: torch.Tensor, packed: PackedLinear, *, out: torch.Tensor | None
 
 def embed(table_VK: torch.Tensor, ids: array[int]) -> torch.Tensor:
     """Float32 rows [T, K] of int32 ids ("i"). Raises ValueError on an id outside the vocabulary (native only)."""
-    if table_VK.dtype not in _EMBEDDINGS or not runs_native(table_VK):
+    if table_VK.dtype not in EMBEDDINGS or not runs_native(table_VK):
         return reference.embed(table_VK, ids)
     require(table_VK, "table", (None, None), table_VK.dtype)
     ids_at, num_rows = ids.buffer_info()

@@ -12,20 +12,15 @@ D = Q + C + R.
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 
 from kernels import reference
 from kernels.heads import PackedHeads
+from kernels.layout import AttentionBatch
 from kernels.linear import PackedLinear
-from kernels.runtime import native, require, runs_native
-
-Angles = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines float32 [positions, R/2] of every position."""
+from kernels.runtime import native, require
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,96 +126,10 @@ class MlaWeights:
         """Raise ValueError unless angles and cache have the widths of this layer, and it has what the batch needs."""
         if batch.half_rope != self.half_rope:
             raise ValueError(f"angles are [rows, {batch.half_rope}], must be [rows, {self.half_rope}]")
-        if batch.expanded_until is not None and self.key_expand is None:
+        if batch.expands and self.key_expand is None:
             raise ValueError("the batch has rows of the expanded form, but the layer has no key_expand")
         if cache is not None:
             require(cache, "cache", (cache.shape[0], 32, self.latent_down.num_out))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionBatch:
-    """Where the rows of one micro-batch stand: over T rows, or the sequences in it; checked once, here.
-
-    positions int32 [T] and their angles, cos and sin float32 [T, R/2]; slots int64 [T] (cache rows to write: block *
-    32 + offset); row_sequence int32 [T] (row of block_tables); block_tables int32 [sequences, blocks].
-    expanded_until int32 [sequences]: rows at positions before it take the expanded form; None: no row does.
-    """
-
-    positions: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    slots: torch.Tensor
-    row_sequence: torch.Tensor
-    block_tables: torch.Tensor
-    expanded_until: torch.Tensor | None = None
-    num_rows: int = field(init=False)
-    half_rope: int = field(init=False)
-    address: int = field(init=False)
-    _struct: torch.Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        num_rows = int(self.positions.shape[0])
-        require(self.positions, "positions", (num_rows,), torch.int32)
-        require(self.cos, "cos", (num_rows, None))
-        require(self.sin, "sin", tuple(self.cos.shape))
-        require(self.slots, "slots", (num_rows,), torch.int64)
-        require(self.row_sequence, "row_sequence", (num_rows,), torch.int32)
-        require(self.block_tables, "block_tables", (None, None), torch.int32)
-        until = self.expanded_until
-        if until is not None:
-            require(until, "expanded_until", (self.block_tables.shape[0],), torch.int32)
-        tensors = (self.positions, self.cos, self.sin, self.slots, self.row_sequence, self.block_tables, until)
-        words = [*_addresses(*tensors), num_rows, *self.block_tables.shape]
-        batch = torch.tensor(words, dtype=torch.int64)  # struct MlaBatch of csrc/kernels.h
-        derived = {"num_rows": num_rows, "half_rope": int(self.cos.shape[1]), "_struct": batch}
-        for name, value in (derived | {"address": batch.data_ptr()}).items():
-            object.__setattr__(self, name, value)
-
-
-def lay_out(
-    ranges: Sequence[tuple[int, int]],
-    block_tables: torch.Tensor,
-    angles: Angles,
-    *,
-    expanded_until: torch.Tensor | None = None,
-) -> AttentionBatch:
-    """The rows of some sequences: of each the positions from `start` on, `count` of them, for its (start, count).
-
-    block_tables int32 [sequences, blocks], on the device of the angles. Raises ValueError on a position outside its
-    table (native only).
-    """
-    cos_PR, sin_PR = angles
-    require(cos_PR, "cos", (None, None))
-    require(sin_PR, "sin", tuple(cos_PR.shape))
-    require(block_tables, "block_tables", (len(ranges), None), torch.int32)
-    if not runs_native(cos_PR):
-        rows = reference.lay_out(ranges, block_tables, angles)
-        return AttentionBatch(**rows, block_tables=block_tables, expanded_until=expanded_until)
-    num_rows, (num_positions, half_rope) = sum(count for _, count in ranges), cos_PR.shape
-    positions, row_sequence = torch.empty((2, num_rows), dtype=torch.int32).unbind()
-    slots = torch.empty(num_rows, dtype=torch.int64)
-    cos, sin = torch.empty((2, num_rows, half_rope)).unbind()
-    flat = array("q", chain.from_iterable(ranges))
-    native.lay_out(
-        flat.buffer_info()[0],
-        block_tables.data_ptr(),
-        len(ranges),
-        block_tables.shape[1],
-        cos_PR.data_ptr(),
-        sin_PR.data_ptr(),
-        num_positions,
-        half_rope,
-        *_addresses(positions, row_sequence, slots, cos, sin),
-    )
-    return AttentionBatch(
-        positions=positions,
-        cos=cos,
-        sin=sin,
-        slots=slots,
-        row_sequence=row_sequence,
-        block_tables=block_tables,
-        expanded_until=expanded_until,
-    )
 
 
 def mla_project(x_OH: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, first_row: int) -> torch.Tensor:

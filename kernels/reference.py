@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from kernels.experts import PackedExperts
     from kernels.heads import PackedHeads
     from kernels.layers import LayerStack, RoutedExperts
+    from kernels.layout import Angles, AttentionBatch, Span
     from kernels.linear import PackedLinear
-    from kernels.mla import AttentionBatch, MlaWeights
+    from kernels.mla import MlaWeights
 
 
 def embed(table_VK: torch.Tensor, ids: array[int]) -> torch.Tensor:
@@ -56,7 +57,8 @@ def grouped_ffn(
     return y_SH
 
 
-def run_layers_(x_TH: torch.Tensor, stack: LayerStack, batch: AttentionBatch) -> torch.Tensor:
+def run_layers(ids: array[int], stack: LayerStack, batch: AttentionBatch) -> torch.Tensor:
+    x_TH = embed(stack.embedding, ids)
     for layer in stack.layers:
         normed = rms_norm(x_TH, layer.input_norm, stack.eps)
         (y_TH,) = mla_attend(mla_project(normed, layer.attention, batch, 0), layer.attention, batch, layer.cache)
@@ -86,23 +88,27 @@ def _moe(
     return combine(rows_SH, slots_TK, weights_TK, base_TH)
 
 
-def lay_out(
-    ranges: Sequence[tuple[int, int]], block_tables: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    device, size = block_tables.device, 32
-    counts = torch.tensor([count for _, count in ranges])
-    sequence = torch.arange(len(ranges)).repeat_interleave(counts).to(device)
-    positions = torch.cat([torch.arange(start, start + count) for start, count in ranges]).to(device)
-    slots = block_tables[sequence, positions // size].long() * size + positions % size
-    cos, sin = (table[positions] for table in angles)
-    return {"positions": positions.int(), "row_sequence": sequence.int(), "slots": slots, "cos": cos, "sin": sin}
+def lay_out(spans: Sequence[Span], angles: Angles) -> dict[str, torch.Tensor]:
+    device, size, width = angles.cos.device, 32, max(len(span.blocks) for span in spans)
+    tables = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
+    block_tables = torch.tensor(tables, dtype=torch.int32, device=device)
+    sequence = torch.arange(len(spans)).repeat_interleave(torch.tensor([span.num_rows for span in spans])).to(device)
+    positions = torch.cat([torch.arange(span.start, span.start + span.num_rows) for span in spans]).to(device)
+    return {
+        "positions": positions.int(),
+        "cos": angles.cos[positions],
+        "sin": angles.sin[positions],
+        "slots": block_tables[sequence, positions // size].long() * size + positions % size,
+        "row_sequence": sequence.int(),
+        "block_tables": block_tables,
+    }
 
 
 def mla_project(x_OH: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, first_row: int) -> torch.Tensor:
     rows, width = slice(first_row, first_row + x_OH.shape[0]), weights.latent_width
     latent = _biased(linear(x_OH, weights.latent_down), weights.latent_down_bias)
     key = latent[:, None, width:].contiguous()
-    rope_(key, batch.cos[rows], batch.sin[rows], weights.interleave)
+    rope_(key, batch.rows.cos[rows], batch.rows.sin[rows], weights.interleave)
     query = x_OH
     if weights.query_down is not None and weights.query_norm is not None:
         down = _biased(linear(x_OH, weights.query_down), weights.query_down_bias)
@@ -114,18 +120,19 @@ def mla_attend(
     rows_TD: torch.Tensor, weights: MlaWeights, batch: AttentionBatch, cache: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     query_TQ, keys = rows_TD.split_with_sizes([weights.query_width, cache.shape[2]], 1)
-    cache.view(-1, cache.shape[2]).index_copy_(0, batch.slots, keys)
+    cache.view(-1, cache.shape[2]).index_copy_(0, batch.rows.slots, keys)
     q_TnK = linear(query_TQ, weights.query_up).view(batch.num_rows, weights.num_heads, -1)
     q_plain, q_rope = q_TnK.split_with_sizes([weights.key_up.num_in, weights.rope_width], 2)
-    rope_(q_rope, batch.cos, batch.sin, weights.interleave)
+    rope_(q_rope, batch.rows.cos, batch.rows.sin, weights.interleave)
     values = torch.empty((batch.num_rows, weights.num_heads, weights.value_up.num_out), device=rows_TD.device)
-    expanded = torch.zeros_like(batch.positions, dtype=torch.bool)
-    if batch.expanded_until is not None:
-        expanded = batch.positions < batch.expanded_until[batch.row_sequence.long()]
+    at = batch.rows
+    expanded = torch.zeros_like(at.positions, dtype=torch.bool)
+    if at.expanded_until is not None:
+        expanded = at.positions < at.expanded_until[at.row_sequence.long()]
     for rows, form in ((expanded.nonzero()[:, 0], _attend_expanded), ((~expanded).nonzero()[:, 0], _attend_absorbed)):
         if len(rows):
-            at = (cache, batch.block_tables, batch.row_sequence[rows], batch.positions[rows], weights.scale)
-            values[rows] = form(q_plain[rows], q_rope[rows], weights, at)
+            paging = (cache, at.block_tables, at.row_sequence[rows], at.positions[rows], weights.scale)
+            values[rows] = form(q_plain[rows], q_rope[rows], weights, paging)
     columns = values.flatten(1).split_with_sizes([part.num_in for part in weights.output], 1)
     return tuple(linear(x, part) for x, part in zip(columns, weights.output, strict=True))
 

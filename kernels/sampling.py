@@ -1,6 +1,6 @@
 """From logits to tokens, a whole batch at once, each row by itself; and log-probabilities of given tokens.
 
-Legend: B rows that are sampled, R rows that are scored, V vocabulary.
+Legend: B rows that are sampled, R rows that are scored, or have logits, V vocabulary, T rows, K inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from kernels import reference_sampling
 from kernels.draw import BEST, Draw, TokenScore
+from kernels.linear import PackedLinear, normed_linear
 from kernels.runtime import native, require, runs_native
 
 _BEST = BEST.pack()
@@ -26,10 +27,52 @@ def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     require(logits_BV, "logits", (num_rows, None))
     if not runs_native(logits_BV):
         return reference_sampling.sample(logits_BV, draws)
-    packed = array("b", b"".join(_BEST if draw is BEST else draw.pack() for draw in draws))
-    tokens = array("q", bytes(8 * num_rows))
+    packed, tokens = _pack(draws), array("q", bytes(8 * num_rows))
     native.sample(logits_BV.data_ptr(), packed.buffer_info()[0], tokens.buffer_info()[0], num_rows, vocab)
     return tokens.tolist()
+
+
+def sample_rows(
+    x_TK: torch.Tensor,
+    rows: Sequence[int],
+    norm_K: torch.Tensor,
+    packed: PackedLinear,
+    draws: Sequence[Draw],
+    *,
+    eps: float,
+    out: torch.Tensor,
+) -> list[int]:
+    """`normed_linear` of some rows of x, put into `out`, and `sample` of the first len(draws) of them; the same bits.
+
+    Raises ValueError on a row that is not there (native only).
+    """
+    if packed.matrix is None:
+        logits_RV = normed_linear(x_TK, rows, norm_K, packed, eps=eps, out=out)
+        return sample(logits_RV[: len(draws)], draws)
+    require(x_TK, "x", (None, packed.num_in))
+    require(norm_K, "norm", (packed.num_in,))
+    require(out, "out", (len(rows), packed.num_out))
+    if len(draws) > len(rows):
+        raise ValueError(f"{len(draws)} tokens are to be drawn from {len(rows)} rows")
+    index, drawn, tokens = array("q", rows), _pack(draws), array("q", bytes(8 * len(draws)))
+    native.sample_rows(
+        packed.address,
+        x_TK.data_ptr(),
+        index.buffer_info()[0],
+        len(rows),
+        x_TK.shape[0],
+        norm_K.data_ptr(),
+        eps,
+        out.data_ptr(),
+        drawn.buffer_info()[0],
+        len(draws),
+        tokens.buffer_info()[0],
+    )
+    return tokens.tolist()
+
+
+def _pack(draws: Sequence[Draw]) -> array[int]:
+    return array("b", b"".join(_BEST if draw is BEST else draw.pack() for draw in draws))
 
 
 def score(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenScore | None]:

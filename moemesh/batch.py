@@ -1,6 +1,6 @@
 """From a step plan to tensors: the rows of one micro-batch.
 
-Shape legend: T rows of the micro-batch, B its sequences.
+Shape legend: T rows of the micro-batch.
 """
 
 from __future__ import annotations
@@ -8,18 +8,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from attention.rope import RotaryTable
-from kernels import AttentionBatch, lay_out
+from kernels import AttentionBatch, Span, lay_out
 from moemesh.sequence import Sequence
 from moemesh.step_plan import PlanMirror, ScheduledSequence, StepPlan
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogitsRow:
+class LogitsRow(NamedTuple):
     """A row of the micro-batch whose logits are wanted: to sample the next token, or to score a prompt token.
 
     `position` is the row's place in the sequence.
@@ -64,60 +61,26 @@ def build_micro_batch(
     expand_prompts: bool = False,
 ) -> MicroBatch:
     """Lay the items' positions out as rows, item after item; with `expand_prompts` those of prompts take that form."""
-    sequences = [mirror.sequences[item.seq_id] for item in items]
     tokens = array("i")
-    for item, sequence in zip(items, sequences, strict=True):
+    spans: list[Span] = []
+    logits_rows: list[LogitsRow] = []
+    for item in items:
+        sequence = mirror.sequences[item.seq_id]
+        logits_rows += _logits_rows(item, sequence, len(tokens))
         tokens.extend(sequence.token_ids(item.start, item.stop))
-    ranges = [(item.start, item.count) for item in items]
+        until = len(sequence.prompt_ids) if expand_prompts else 0
+        spans.append(Span(item.start, item.count, sequence.block_table, until))
     return MicroBatch(
-        index=index,
-        token_ids=tokens,
-        attention=lay_out(
-            ranges,
-            _block_tables(sequences).to(rotary.device),
-            rotary.angles,
-            expanded_until=_prompt_lengths(items, sequences, rotary.device) if expand_prompts else None,
-        ),
-        logits_rows=tuple(_logits_rows(items, sequences)),
+        index=index, token_ids=tokens, attention=lay_out(spans, rotary.angles), logits_rows=tuple(logits_rows)
     )
 
 
-def _prompt_lengths(
-    items: SequenceOf[ScheduledSequence], sequences: SequenceOf[Sequence], device: torch.device
-) -> Tensor | None:
-    """Int32 [B]; None where no row is one of a prompt."""
-    lengths = [len(sequence.prompt_ids) for sequence in sequences]
-    if all(item.start >= length for item, length in zip(items, lengths, strict=True)):
-        return None
-    return torch.tensor(lengths, dtype=torch.int32, device=device)
-
-
-def _block_tables(sequences: SequenceOf[Sequence]) -> Tensor:
-    """Int32 [B, blocks], as wide as the longest; what the others lack is 0."""
-    width = max(len(sequence.block_table) for sequence in sequences)
-    blocks = array("i")
-    for sequence in sequences:
-        blocks.extend(sequence.block_table)
-        blocks.extend([0] * (width - len(sequence.block_table)))
-    return torch.frombuffer(blocks, dtype=torch.int32).view(len(sequences), width)
-
-
-def _logits_rows(items: SequenceOf[ScheduledSequence], sequences: SequenceOf[Sequence]) -> list[LogitsRow]:
-    rows: list[LogitsRow] = []
-    first_row = 0
-    for item, sequence in zip(items, sequences, strict=True):
-        scored = range(item.logprob_start, item.logprob_stop)
-        last = item.stop - 1
-        wanted = sorted({*scored, last}) if item.sample else scored
-        rows += [
-            LogitsRow(
-                row=first_row + position - item.start,
-                sequence=sequence,
-                position=position,
-                sample=item.sample and position == last,
-                score_prompt=position in scored,
-            )
-            for position in wanted
-        ]
-        first_row += item.count
+def _logits_rows(item: ScheduledSequence, sequence: Sequence, first_row: int) -> list[LogitsRow]:
+    first, last = first_row - item.start, item.stop - 1
+    rows = [
+        LogitsRow(first + position, sequence, position, item.sample and position == last, True)
+        for position in range(item.logprob_start, item.logprob_stop)
+    ]
+    if item.sample and not (rows and rows[-1].sample):
+        rows.append(LogitsRow(first + last, sequence, last, True, False))
     return rows

@@ -32,15 +32,16 @@ class Forward(Protocol):
 class WholeForward:
     """All layers at once: for the only rank of a mesh, which has nobody to wait for."""
 
-    def __init__(self, model: AttentionModel, stack: kernels.LayerStack, experts: ExpertService) -> None:
-        self._model = model
+    def __init__(self, stack: kernels.LayerStack, experts: ExpertService) -> None:
         self._stack = stack
         self._experts = experts
+        self._room = kernels.Room(stack.hidden, stack.embedding.device)
 
     def run(self, batch: MicroBatch, *, generation: int, step: int) -> Steps[Tensor]:
-        """Hidden states [T, H] of all rows after the last layer."""
-        self._experts.count_whole(batch.attention.num_rows)
-        return kernels.run_layers_(self._model.embed(batch.token_ids), self._stack, batch.attention)
+        """Hidden states [T, H] of all rows after the last layer, there until the next run."""
+        num_rows = batch.attention.num_rows
+        self._experts.count_whole(num_rows)
+        return kernels.run_layers(batch.token_ids, self._stack, batch.attention, out=self._room.rows(num_rows))
         yield
 
 
@@ -60,7 +61,7 @@ def stack_layers(model: RankModel, cache: LatentCache, load: ExpertLoad) -> kern
         )
         for index, layer in enumerate(attention.layers)
     ]
-    return kernels.LayerStack(layers, eps=model.config.rms_norm_eps)
+    return kernels.LayerStack(layers, embedding=attention.embedding_VH, eps=model.config.rms_norm_eps)
 
 
 def _routed(model: RankModel, index: int, router: Router, load: ExpertLoad) -> kernels.RoutedExperts:

@@ -179,6 +179,8 @@ class GroupMember:
 
     def _expected_samples(self, step: int, batch: MicroBatch) -> list[MailKey]:
         """Keys of the frames of all other members that own rows with logits, in row order."""
+        if len(self._members) == 1:
+            return []
         split = row_split(batch.attention.num_rows, len(self._members))
         return [
             MailKey(Kind.SAMPLES, self._generation, step, 0, batch.index, 0, member)

@@ -13,9 +13,10 @@ import msgpack
 import torch
 from torch import Tensor
 
+import kernels
 from moemesh.batch import LogitsRow
 from moemesh.model import AttentionModel
-from moemesh.sampling import SampleRow, prompt_logprobs, sample
+from moemesh.sampling import SampleRow, describe_samples, draws_of, prompt_logprobs
 from moemesh.sequence import Sampled, SamplingError
 
 MAX_LOGITS = 1 << 24
@@ -67,40 +68,33 @@ class Head:
     def __init__(self, model: AttentionModel) -> None:
         self._model = model
         self._most = max(1, MAX_LOGITS // model.config.vocab_size)
-        self._room = model.final_norm.new_empty((1, model.config.vocab_size))
-        self._views: dict[int, Tensor] = {}
+        self._room = kernels.Room(model.config.vocab_size, model.final_norm.device)
 
     def evaluate(self, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow]) -> RowResults:
         """Head and sampling for `rows`, all of them owned here; `x_OH` starts at row `first_row` of the micro-batch."""
         results = RowResults()
         for start in range(0, len(rows), self._most):
-            piece = rows[start : start + self._most]
-            places = [row.row - first_row for row in piece]
-            logits_RV = self._model.logits(x_OH, places, out=self._room_for(len(piece)))
-            results.add(_evaluate(logits_RV, piece))
+            self._evaluate(x_OH, first_row, rows[start : start + self._most], results)
         return results
 
-    def _room_for(self, num_rows: int) -> Tensor:
-        """Fresh memory for each step would be given back to the system, and its pages asked for again."""
-        if num_rows > self._room.shape[0]:
-            self._room = self._room.new_empty((num_rows, self._room.shape[1]))
-            self._views.clear()
-        if num_rows not in self._views:
-            self._views[num_rows] = self._room[:num_rows]
-        return self._views[num_rows]
+    def _evaluate(self, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow], results: RowResults) -> None:
+        """Add what the rows give to `results`."""
+        sampled = [row for row in rows if row.sample]
+        ordered = [*sampled, *(row for row in rows if not row.sample)]
+        sample_rows = [SampleRow(row.sequence, row.position + 1) for row in sampled]
+        logits_RV = self._room.rows(len(rows))
+        places, draws = [row.row - first_row for row in ordered], draws_of(sample_rows, logits_RV.shape[1])
+        tokens = self._model.sample(x_OH, places, draws, out=logits_RV)
+        for row, result in zip(sampled, describe_samples(tokens, logits_RV, sample_rows), strict=True):
+            results.sampled[row.sequence.seq_id] = result
+        scored = [(row.row, i) for i, row in enumerate(ordered) if row.score_prompt]
+        if scored:
+            _score(logits_RV, ordered, [i for _, i in sorted(scored)], results)
 
 
-def _evaluate(logits_RV: Tensor, rows: SequenceOf[LogitsRow]) -> RowResults:
-    results = RowResults()
-    sampled = [i for i, row in enumerate(rows) if row.sample]
-    if sampled:
-        sample_rows = [SampleRow(rows[i].sequence, rows[i].position + 1) for i in sampled]
-        tokens = sample(logits_RV if len(sampled) == len(rows) else logits_RV[sampled], sample_rows)
-        results.sampled = {rows[i].sequence.seq_id: token for i, token in zip(sampled, tokens, strict=True)}
-    scored = [i for i, row in enumerate(rows) if row.score_prompt]
-    if scored:
-        next_ids = [rows[i].sequence.prompt_ids[rows[i].position + 1] for i in scored]
-        num_top = [rows[i].sequence.params.prompt_logprobs or 0 for i in scored]
-        for i, entry in zip(scored, prompt_logprobs(logits_RV[scored], next_ids, num_top), strict=True):
-            results.prompt_logprobs.setdefault(rows[i].sequence.seq_id, []).append(entry)
-    return results
+def _score(logits_RV: Tensor, rows: SequenceOf[LogitsRow], scored: list[int], results: RowResults) -> None:
+    """Add the log-probabilities of the prompt tokens that follow the rows at `scored`, in this order."""
+    next_ids = [rows[i].sequence.prompt_ids[rows[i].position + 1] for i in scored]
+    num_top = [rows[i].sequence.params.prompt_logprobs or 0 for i in scored]
+    for i, entry in zip(scored, prompt_logprobs(logits_RV[scored], next_ids, num_top), strict=True):
+        results.prompt_logprobs.setdefault(rows[i].sequence.seq_id, []).append(entry)

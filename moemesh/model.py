@@ -46,9 +46,11 @@ class AttentionModel:
         """Rows float32 [T, H] of int32 ids."""
         return kernels.embed(self.embedding_VH, token_ids)
 
-    def logits(self, x_TH: Tensor, rows: Sequence[int], *, out: Tensor) -> Tensor:
-        """Logits float32 [R, V] of some rows of the hidden states after the last layer, put into `out`."""
-        return kernels.normed_linear(x_TH, rows, self.final_norm, self.head, eps=self.config.rms_norm_eps, out=out)
+    def sample(self, x_TH: Tensor, rows: Sequence[int], draws: Sequence[kernels.Draw], *, out: Tensor) -> list[int]:
+        """Logits float32 [R, V] of some rows of the hidden states after the last layer, put into `out`; tokens of the
+        first len(draws) of them, as `kernels.sample` gives them."""
+        eps = self.config.rms_norm_eps
+        return kernels.sample_rows(x_TH, rows, self.final_norm, self.head, draws, eps=eps, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)

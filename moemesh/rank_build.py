@@ -130,7 +130,7 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
     )
     forward: Forward
     if mesh.num_ranks == 1 and mesh.combine == "exact":
-        forward = WholeForward(model, stack_layers(rank_model, cache, parts.load), parts.experts)
+        forward = WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
     else:
         forward = ForwardPass(model, attention, client, parts.load)
     return GroupMember(

@@ -91,7 +91,8 @@ class RankEngine:
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
         busy = self._read_control()
-        busy |= self._read_frames()
+        if self._link.num_ranks > 1:
+            busy |= self._read_frames()
         busy |= self._answer_experts()
         if self._member is not None:
             busy |= self._member.turn()

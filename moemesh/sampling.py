@@ -39,24 +39,31 @@ class SampleRow(NamedTuple):
     position: int
 
 
-def sample(logits_BV: torch.Tensor, rows: SequenceOf[SampleRow]) -> list[Sampled | SamplingError]:
-    """One token for each row of float32 logits; log-probabilities where the row's parameters ask for them.
+def draws_of(rows: SequenceOf[SampleRow], vocab_size: int) -> list[kernels.Draw]:
+    """How each row is sampled."""
+    return [_draw(row, vocab_size) for row in rows]
+
+
+def describe_samples(
+    tokens: SequenceOf[int], logits_RV: torch.Tensor, rows: SequenceOf[SampleRow]
+) -> list[Sampled | SamplingError]:
+    """What was sampled from the first rows of logits, with log-probabilities where the row's parameters ask for them.
 
     A row whose logits are not all finite, or whose tokens are all masked, gets a SamplingError; the other rows do not
     notice.
     """
-    vocab_size = logits_BV.shape[1]
-    draws = [_draw(row, vocab_size) for row in rows]
+    vocab_size = logits_RV.shape[1]
     results: list[Sampled | SamplingError] = []
-    for token_id, row in zip(kernels.sample(logits_BV, draws), rows, strict=True):
-        outside = _biased_outside(row.sequence.params, vocab_size)
+    for token_id, row in zip(tokens, rows, strict=True):
         if token_id < 0:
             results.append(_ERRORS[token_id])
+        elif row.sequence.params.logit_bias and (outside := _biased_outside(row.sequence.params, vocab_size)):
+            results.append(outside)
         else:
-            results.append(Sampled(token_id=token_id) if outside is None else outside)
+            results.append(Sampled(token_id=token_id))
     wanted = [i for i, row in enumerate(rows) if row.sequence.params.logprobs is not None]
     if wanted:
-        _add_logprobs(results, logits_BV, rows, wanted)
+        _add_logprobs(results, logits_RV, rows, wanted)
     return results
 
 
@@ -105,7 +112,7 @@ def _biased_outside(params: SamplingParams, vocab_size: int) -> SamplingError | 
 
 def _add_logprobs(
     results: list[Sampled | SamplingError],
-    logits_BV: torch.Tensor,
+    logits_RV: torch.Tensor,
     rows: SequenceOf[SampleRow],
     wanted: SequenceOf[int],
 ) -> None:
@@ -113,8 +120,8 @@ def _add_logprobs(
     sampled = [(i, result.token_id) for i in wanted if isinstance(result := results[i], Sampled)]
     indices = [i for i, _ in sampled]
     token_ids = [token_id for _, token_id in sampled]
-    logits_RV = logits_BV if len(indices) == len(rows) else logits_BV[indices]
-    scores = kernels.score(logits_RV, token_ids, [rows[i].sequence.params.logprobs or 0 for i in indices])
+    chosen_RV = logits_RV if len(indices) == logits_RV.shape[0] else logits_RV[indices]
+    scores = kernels.score(chosen_RV, token_ids, [rows[i].sequence.params.logprobs or 0 for i in indices])
     for (i, token_id), score in zip(sampled, scores, strict=True):
         assert score is not None, "a token was sampled from logits that are not finite"
         results[i] = _scored(token_id, score)

@@ -228,6 +228,8 @@ class Scheduler:
         """Blocks for all tokens of `entry`, at the cost of the newest; False if it must wait or is the newest."""
         sequence = entry.sequence
         missing = self._pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        if missing == 0:
+            return True
         while missing > self._pool.num_free:
             newest = self._running[-1]
             if newest.state is State.IN_FLIGHT:
@@ -250,8 +252,9 @@ class Scheduler:
     def _plan_chunk(self, draft: Draft, entry: Entry) -> None:
         """Put as many uncomputed tokens of a running sequence into the plan as the budget allows."""
         sequence = entry.sequence
-        start, count = sequence.num_computed, min(sequence.num_uncomputed, draft.budget)
-        reaches_end = count == sequence.num_uncomputed
+        start, num_tokens = sequence.num_computed, sequence.num_tokens
+        count = min(num_tokens - start, draft.budget)
+        reaches_end = start + count == num_tokens
         logprob_start, logprob_stop = entry.wanted_prompt_logprobs(start, start + count)
         draft.items.append(
             ScheduledSequence(
@@ -260,13 +263,13 @@ class Scheduler:
                 count=count,
                 sample=reaches_end and sequence.params.max_tokens != 0,
                 new_block_ids=tuple(sequence.block_table[entry.num_blocks_told :]),
-                new_token_ids=tuple(sequence.token_ids(entry.num_tokens_told, sequence.num_tokens)),
+                new_token_ids=tuple(sequence.token_ids(entry.num_tokens_told, num_tokens)),
                 logprob_start=logprob_start,
                 logprob_stop=logprob_stop,
             )
         )
         draft.budget -= count
-        entry.num_blocks_told, entry.num_tokens_told = len(sequence.block_table), sequence.num_tokens
+        entry.num_blocks_told, entry.num_tokens_told = len(sequence.block_table), num_tokens
         entry.state = State.IN_FLIGHT
 
     def _new_plan(self, items: tuple[ScheduledSequence, ...], admitted: tuple[AdmittedSequence, ...]) -> StepPlan:

@@ -124,6 +124,8 @@ class Sequence:
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens at positions start <= position < stop, prompt first."""
         num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : stop - num_prompt]
         return [*self.prompt_ids[start:stop], *self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]]
 
     def history(self) -> array[int]:

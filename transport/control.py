@@ -24,6 +24,8 @@ from transport.messages import MAX_MESSAGE_BYTES, Message, decode_message, encod
 HIGH_WATER_MARK = 10_000
 """Messages that wait in each direction for each peer before sending fails."""
 
+_EVENTS, _READABLE = zmq.EVENTS, int(zmq.POLLIN)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurveKeys:
@@ -164,8 +166,7 @@ class ControlClient:
     def receive_all(self) -> list[Message]:
         """All messages that are there. Malformed ones are counted in `malformed` and skipped."""
         messages: list[Message] = []
-        # Asked at every turn of a rank's loop: the exception of an empty socket would cost more than the rest of it.
-        while self._socket.poll(0):
+        while self._has_message():
             try:
                 messages.append(decode_message(self._socket.recv(flags=zmq.DONTWAIT)))
             except ProtocolError:
@@ -178,12 +179,16 @@ class ControlClient:
         # Not ZeroMQ's poll: that counts in milliseconds. Its descriptor only says that there may be something new.
         deadline = time.monotonic() + timeout_s
         files = [self._socket.fileno()] if also is None else [self._socket.fileno(), also]
-        while not self._socket.poll(0):
+        while not self._has_message():
             left = deadline - time.monotonic()
             readable, _, _ = select.select(files, (), (), max(0.0, left))
             if also in readable or left <= 0:
-                return bool(self._socket.poll(0))
+                return self._has_message()
         return True
+
+    def _has_message(self) -> bool:
+        # Asked at every turn of a rank's loop: the exception of an empty socket would cost more than the rest of it.
+        return bool(int(self._socket.get(_EVENTS)) & _READABLE)
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close, after at most `linger_s` for what has not been sent; the rest is lost."""

@@ -81,6 +81,8 @@ class Mailbox:
         if floor < self._floor:
             raise ValueError(f"mailbox is at (generation, step) {self._floor} and cannot go back to {floor}")
         self._floor = floor
+        if not self._frames and not self._taken:
+            return
         stale = [key for key in self._frames if (key.generation, key.step) < floor]
         for key in stale:
             del self._frames[key]

@@ -174,9 +174,10 @@ def decode_message(data: bytes) -> Message:
 
 
 def _field_values(record: object) -> list[Any]:
-    if not is_dataclass(record):
+    names = _FIELD_NAMES.get(type(record))
+    if names is None:
         raise TypeError(f"{type(record).__name__} cannot be sent: use plain values")
-    return [getattr(record, item.name) for item in fields(record)]
+    return [getattr(record, name) for name in names]
 
 
 Check = Callable[[Any], Any]
@@ -237,4 +238,6 @@ def _ints(values: list[Any], name: str) -> list[int]:
     return values
 
 
+# `fields` looks at a whole class, and is asked several times in every step.
+_FIELD_NAMES = {record_type: tuple(item.name for item in fields(record_type)) for record_type in (*_TYPES, OutputItem)}
 _CHECKS = tuple(_checks(message_type) for message_type in _TYPES)

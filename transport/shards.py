@@ -13,7 +13,6 @@ Pure.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -22,9 +21,14 @@ Range = tuple[int, int]
 
 def row_split(num_rows: int, num_members: int) -> list[Range]:
     """(start, stop) of each member's rows: even, the first ones larger; members beyond the rows own none."""
+    return [owned_rows(num_rows, num_members, member) for member in range(num_members)]
+
+
+def owned_rows(num_rows: int, num_members: int, index: int) -> Range:
+    """(start, stop) of one member's rows."""
     share, extra = divmod(num_rows, num_members)
-    starts = [member * share + min(member, extra) for member in range(num_members + 1)]
-    return list(pairwise(starts))
+    start = index * share + min(index, extra)
+    return start, start + share + (index < extra)
 
 
 def owned_shards(num_shards: int, num_members: int, index: int) -> Range:

@@ -69,6 +69,8 @@ class Task(Generic[T]):
 
 def together(parts: Sequence[Steps[T]]) -> Steps[list[T]]:
     """Run several tasks side by side: while one waits the others advance. Returns their results in order."""
+    if len(parts) == 1:
+        return [(yield from parts[0])]
     tasks = [Task(steps) for steps in parts]
     while True:
         for task in tasks:

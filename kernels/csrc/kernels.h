@@ -54,7 +54,7 @@ typedef struct {
     int64_t num_outputs;
 } Mla;
 
-/* Where the rows of a micro-batch stand (kernels/mla.py). */
+/* Where the rows of a micro-batch stand (kernels/layout.py). */
 typedef struct {
     const int32_t *positions;
     const float *cosine, *sine; /* [num_rows][rope width / 2] */
@@ -64,21 +64,13 @@ typedef struct {
     int64_t num_rows, num_seqs, max_blocks;
 } MlaBatch;
 
-/* Where the items of a step plan stand, to be laid out as rows (kernels/mla.py). */
+/* Spans of sequences, to be laid out as rows (kernels/layout.py). */
 typedef struct {
-    const int64_t *ranges; /* [num_items][first position, number of positions] */
-    const int32_t *tables; /* [num_items][max_blocks] */
-    int64_t num_items, max_blocks;
+    const int32_t *spans; /* of each: first position, number of positions, expanded_until, number of blocks, blocks */
+    int64_t num_spans, max_blocks, num_rows, expands;
     const float *cosine, *sine; /* [num_positions][half] */
     int64_t num_positions, half;
 } Layout;
-
-/* The same as an MlaBatch has it, of all rows. */
-typedef struct {
-    int32_t *positions, *row_seq;
-    int64_t *slots;
-    float *cosine, *sine;
-} LaidOut;
 
 /* One layer of a rank that has all of it (kernels/layers.py fills it, same order). `experts` and what belongs to the gate
    are 0 in a dense layer; `ffn` is the dense network there, elsewhere the shared expert (NULL where there is none). */
@@ -101,6 +93,8 @@ typedef struct {
     const Layer *layers;
     int64_t num_layers, hidden, num_blocks; /* num_blocks: of each layer's cache */
     double eps;
+    const uint8_t *embedding; /* [num_ids][hidden] of `kind` */
+    int64_t kind, num_ids;
 } Stack;
 
 typedef struct {

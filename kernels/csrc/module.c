@@ -114,9 +114,8 @@ static const char *run_score(const Value *v)
 
 static const char *run_lay_out(const Value *v)
 {
-    Layout l = {v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p, v[6].i, v[7].i};
-    LaidOut out = {v[8].p, v[9].p, v[10].p, v[11].p, v[12].p};
-    return op_lay_out(&l, &out);
+    Layout l = {v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, v[5].p, v[6].p, v[7].i, v[8].i};
+    return op_lay_out(&l, v[9].p);
 }
 
 static const char *run_quantize(const Value *v)
@@ -134,6 +133,9 @@ OPERATION(sample, "pppii", op_sample(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i))
 OPERATION(score, "pppiiipppp", run_score(v))
 OPERATION(normed_linear, "pppiipfp",
           op_normed_linear(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, v[5].p, (float)v[6].f, v[7].p))
+OPERATION(sample_rows, "pppiipfppip",
+          op_sample_rows(v[0].p, v[1].p, v[2].p, v[3].i, v[4].i, v[5].p, (float)v[6].f, v[7].p, v[8].p, v[9].i,
+                         v[10].p))
 OPERATION(rope, "piiiiippi",
           op_rope(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, v[5].i, v[6].p, v[7].p, (int)v[8].i))
 OPERATION(route, "ppppiiiiiiiif", run_route(v))
@@ -146,9 +148,9 @@ OPERATION(attention, "pppppppiiiiiiiiiiif", run_attention(v))
 OPERATION(expanded_attention, "ppppppppiiiiiiiif", run_expanded_attention(v))
 OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, v[4].p, v[5].p))
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
-OPERATION(lay_out, "ppiippiippppp", run_lay_out(v))
+OPERATION(lay_out, "piiiippiip", run_lay_out(v))
 OPERATION(embed, "piiipip", op_embed(v[0].p, v[1].i, v[2].i, v[3].i, v[4].p, v[5].i, v[6].p))
-OPERATION(layers, "ppp", op_layers(v[0].p, v[1].p, v[2].p))
+OPERATION(layers, "pppp", op_layers(v[0].p, v[1].p, v[2].p, v[3].p))
 OPERATION(mla, "ppppip", op_mla(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(pack, "piiiiiipi",
           op_pack(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, (int)v[5].i, (int)v[6].i, v[7].p, v[8].i))
@@ -229,7 +231,7 @@ static PyObject *py_nanoseconds(PyObject *module, PyObject *none)
 
 static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(sample),
-    FAST(score), FAST(normed_linear), FAST(rope), FAST(route), FAST(gate),
+    FAST(score), FAST(normed_linear), FAST(sample_rows), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
     FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(quantize),
     FAST(read_file), FAST(advise_huge_pages), FAST(read_all),

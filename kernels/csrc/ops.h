@@ -33,6 +33,10 @@ const char *op_add_rms_norm(float *x, const float *y, const float *weight, float
                             float eps); /* x += y, out = rms_norm(x) */
 /* tokens[row]: the sampled id, NOT_FINITE or NO_TOKEN. */
 const char *op_sample(const float *logits, const Draw *draws, int64_t *tokens, int64_t num_rows, int64_t vocab);
+/* Both at once: logits of all rows of the index, tokens of the first num_draws of them. */
+const char *op_sample_rows(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
+                           const float *weight, float eps, float *logits, const Draw *draws, int64_t num_draws,
+                           int64_t *tokens);
 const char *op_score(const Scoring *s, int64_t num_rows);
 const char *op_rope(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
                     int64_t width, const float *cosine, const float *sine, int interleave);
@@ -55,12 +59,12 @@ const char *op_mla_attend(const Mla *m, const MlaBatch *b, const float *rows, fl
 /* x[row] = table[ids[row]] in float32; the table is of a kind that has no scales. */
 const char *op_embed(const uint8_t *table, int64_t kind, int64_t num_ids, int64_t n, const int32_t *ids, int64_t num_rows,
                      float *x);
-const char *op_lay_out(const Layout *l, const LaidOut *out);
+const char *op_lay_out(const Layout *l, MlaBatch *b); /* what b points at comes to lie behind it */
 /* Both at once, where no peer has rows of its own. */
 const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache, int64_t num_blocks, float *out);
 
-/* All layers, one after the other: x [num_rows][hidden] becomes the hidden states after the last of them. */
-const char *op_layers(const Stack *s, const MlaBatch *b, float *x);
+/* Embedding and all layers, one after the other: x [num_rows][hidden] are the hidden states after the last of them. */
+const char *op_layers(const Stack *s, const MlaBatch *b, const int32_t *ids, float *x);
 
 /* Copies rows [num_out][num_in] of element_bytes (row stride in bytes) into panels; see Matrix for `interleave`.
    With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */

@@ -1,6 +1,6 @@
 /* The drivers of a whole stack of layers, for a rank that needs nobody's help with them, and of what comes before and
-   after: embedding and laying out rows, and the head. They are made of the other drivers, so that their bits are those of the single
-   operations. */
+   after: embedding and laying out rows, the head and sampling. They are made of the other drivers, so that their bits
+   are those of the single operations. */
 #include <string.h>
 
 #include "ops.h"
@@ -55,14 +55,14 @@ static const char *feed_forward(const Layer *l, int64_t num_rows, const Stages *
                           l->ffn ? stages->shared : NULL, stages->added);
 }
 
-const char *op_layers(const Stack *s, const MlaBatch *b, float *x)
+const char *op_layers(const Stack *s, const MlaBatch *b, const int32_t *ids, float *x)
 {
     Stages stages;
     if (b->num_rows == 0)
         return NULL;
     if (!reserve_stages(s, b->num_rows, &stages))
         return out_of_memory;
-    const char *wrong = NULL;
+    const char *wrong = op_embed(s->embedding, s->kind, s->num_ids, s->hidden, ids, b->num_rows, x);
     for (const Layer *l = s->layers; !wrong && l < s->layers + s->num_layers; l++) {
         const float eps = (float)s->eps;
         wrong = l == s->layers
@@ -95,6 +95,14 @@ const char *op_normed_linear(const Matrix *m, const float *x, const int64_t *ind
     return wrong ? wrong : op_linear(m, normed, num_index, y);
 }
 
+const char *op_sample_rows(const Matrix *m, const float *x, const int64_t *index, int64_t num_index, int64_t num_rows,
+                           const float *weight, float eps, float *logits, const Draw *draws, int64_t num_draws,
+                           int64_t *tokens)
+{
+    const char *wrong = op_normed_linear(m, x, index, num_index, num_rows, weight, eps, logits);
+    return wrong ? wrong : op_sample(logits, draws, tokens, num_draws, m->num_out);
+}
+
 const char *op_embed(const uint8_t *table, int64_t kind, int64_t num_ids, int64_t n, const int32_t *ids, int64_t num_rows,
                      float *x)
 {
@@ -107,20 +115,31 @@ const char *op_embed(const uint8_t *table, int64_t kind, int64_t num_ids, int64_
     return NULL;
 }
 
-const char *op_lay_out(const Layout *l, const LaidOut *out)
+/* The tables lie behind the struct that points at them, in the order of kernels/layout.py. */
+const char *op_lay_out(const Layout *l, MlaBatch *b)
 {
+    int64_t *slots = (int64_t *)(b + 1), row = 0;
+    int32_t *positions = (int32_t *)(slots + l->num_rows), *row_seq = positions + l->num_rows;
+    int32_t *tables = row_seq + l->num_rows, *until = tables + l->num_spans * l->max_blocks;
+    float *cosine = (float *)(until + l->num_spans), *sine = cosine + l->num_rows * l->half;
     const int64_t bytes = l->half * (int64_t)sizeof(float);
-    for (int64_t item = 0, row = 0; item < l->num_items; item++) {
-        const int64_t start = l->ranges[2 * item], stop = start + l->ranges[2 * item + 1];
-        const int32_t *blocks = l->tables + item * l->max_blocks;
-        if (start < 0 || stop > l->num_positions || stop > l->max_blocks * KEY_BLOCK)
+    const int32_t *span = l->spans;
+    *b = (MlaBatch){positions, cosine, sine, slots, row_seq, tables, l->expands ? until : NULL, l->num_rows,
+                    l->num_spans, l->max_blocks};
+    for (int32_t i = 0; i < l->num_spans; i++, span += 4 + span[3]) {
+        const int64_t stop = (int64_t)span[0] + span[1], num_blocks = span[3];
+        const int32_t *blocks = span + 4;
+        if (span[0] < 0 || stop > l->num_positions || stop > num_blocks * KEY_BLOCK)
             return "a position lies outside its block table, or beyond the angles";
-        for (int64_t position = start; position < stop; position++, row++) {
-            out->positions[row] = (int32_t)position;
-            out->row_seq[row] = (int32_t)item;
-            out->slots[row] = (int64_t)blocks[position / KEY_BLOCK] * KEY_BLOCK + position % KEY_BLOCK;
-            memcpy(out->cosine + row * l->half, l->cosine + position * l->half, bytes);
-            memcpy(out->sine + row * l->half, l->sine + position * l->half, bytes);
+        until[i] = span[2];
+        for (int64_t at = 0; at < l->max_blocks; at++)
+            tables[i * l->max_blocks + at] = at < num_blocks ? blocks[at] : 0;
+        for (int64_t position = span[0]; position < stop; position++, row++) {
+            positions[row] = (int32_t)position;
+            row_seq[row] = i;
+            slots[row] = (int64_t)blocks[position / KEY_BLOCK] * KEY_BLOCK + position % KEY_BLOCK;
+            memcpy(cosine + row * l->half, l->cosine + position * l->half, bytes);
+            memcpy(sine + row * l->half, l->sine + position * l->half, bytes);
         }
     }
     return NULL;

@@ -10,7 +10,7 @@ import torch
 
 from attention.latent_cache import LatentCache
 from attention.rope import RotaryTable
-from kernels import AttentionBatch, lay_out
+from kernels import AttentionBatch, Span, lay_out
 from mesh_config import load_model_config, make_mesh
 from moemesh.checkpoint import Checkpoint
 from moemesh.mesh_plan import placement_of
@@ -49,7 +49,7 @@ def _model(folder: Path, rank: int = 0, tp: int = 1) -> AttentionModel:
 
 
 def _batch(rotary: RotaryTable, start: int, stop: int, blocks: list[int]) -> AttentionBatch:
-    return lay_out([(start, stop - start)], torch.tensor([blocks], dtype=torch.int32), rotary.angles)
+    return lay_out([Span(start, stop - start, blocks)], rotary.angles)
 
 
 def _cache(model: AttentionModel) -> LatentCache:

@@ -14,7 +14,7 @@ from kernels import reference
 from tests.kernels.test_mla import FIELDS, HEADS, HIDDEN, LATENT, ROPE, VALUE, batch, layer
 from tests.kernels.weights import experts, needs_native, normal, packed, relative_error
 
-NUM_EXPERTS, NUM_ROWS, EPS = 6, 70, 1e-6
+NUM_EXPERTS, NUM_ROWS, NUM_IDS, EPS = 6, 70, 19, 1e-6
 
 
 def attention(dtype: torch.dtype, *, compressed: bool, biased: bool) -> kernels.MlaWeights:
@@ -57,6 +57,14 @@ def whole_layer(dtype: torch.dtype = torch.bfloat16, *, dense: bool, **changed: 
     return kernels.Layer(**fields | changed)
 
 
+def ids(num_rows: int = NUM_ROWS) -> array[int]:
+    return array("i", [i * 7 % NUM_IDS for i in range(num_rows)])
+
+
+def stack_of(layers: Sequence[kernels.Layer], **changed: Any) -> kernels.LayerStack:
+    return kernels.LayerStack(layers, **{"embedding": normal(NUM_IDS, HIDDEN).bfloat16(), "eps": EPS} | changed)
+
+
 def composed(x: torch.Tensor, layers: Sequence[kernels.Layer], rows: kernels.AttentionBatch) -> torch.Tensor:
     for one in layers:
         y = kernels.mla(kernels.rms_norm(x, one.input_norm, EPS), one.attention, rows, one.cache.clone())
@@ -64,10 +72,10 @@ def composed(x: torch.Tensor, layers: Sequence[kernels.Layer], rows: kernels.Att
         normed = kernels.rms_norm(x, one.ffn_norm, EPS)
         base = None if one.ffn is None else kernels.ffn(normed, one.ffn)
         if one.routed is not None:
-            ids, weights = one.routed.gate.choose(normed)
-            slots = torch.arange(ids.numel(), dtype=torch.int32).view(ids.shape)
+            experts_TK, weights = one.routed.gate.choose(normed)
+            slots = torch.arange(experts_TK.numel(), dtype=torch.int32).view(experts_TK.shape)
             y = kernels.grouped_ffn(
-                normed, one.routed.bank, (slots // 2).flatten(), ids.flatten(), place_of=one.routed.place_of
+                normed, one.routed.bank, (slots // 2).flatten(), experts_TK.flatten(), place_of=one.routed.place_of
             )
             base = kernels.combine(y, slots, weights, base)
         assert base is not None
@@ -81,9 +89,11 @@ def test_a_stack_is_its_operations_to_the_bit(dtype: torch.dtype, threads: int) 
     kernels.set_num_threads(threads)
     without_shared = whole_layer(dtype, dense=False, ffn=None)
     layers = [whole_layer(dtype, dense=True), without_shared, whole_layer(dtype, dense=False)]
-    x, rows = normal(NUM_ROWS, HIDDEN), batch(NUM_ROWS)
-    want = composed(x, layers, rows)
-    got = kernels.run_layers_(x.clone(), kernels.LayerStack(layers, eps=EPS), rows)
+    stack, rows = stack_of(layers), batch(NUM_ROWS)
+    want = composed(kernels.embed(stack.embedding, ids()), layers, rows)
+    out = torch.full((NUM_ROWS, HIDDEN), torch.nan)
+    got = kernels.run_layers(ids(), stack, rows, out=out)
+    assert got is out
     if kernels.native_available():
         assert torch.equal(got, want)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -92,16 +102,15 @@ def test_a_stack_is_its_operations_to_the_bit(dtype: torch.dtype, threads: int) 
 
 
 def test_a_stack_agrees_with_torch() -> None:
-    stack = kernels.LayerStack([whole_layer(dense=True), whole_layer(dense=False)], eps=EPS)
-    x, rows = normal(NUM_ROWS, HIDDEN), batch(NUM_ROWS)
-    got = kernels.run_layers_(x.clone(), stack, rows)
-    assert relative_error(got, reference.run_layers_(x, stack, rows)) < 1e-5
+    stack, rows = stack_of([whole_layer(dense=True), whole_layer(dense=False)]), batch(NUM_ROWS)
+    got = kernels.run_layers(ids(), stack, rows)
+    assert relative_error(got, reference.run_layers(ids(), stack, rows)) < 1e-5
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:
     def refused(**changed: Any) -> Any:
         layers = [whole_layer(dense=True), whole_layer(dense=True, **changed)]
-        return lambda: kernels.LayerStack(layers, eps=EPS)
+        return lambda: stack_of(layers)
 
     for reason, build in (
         (r"input_norm has shape \(95,\)", refused(input_norm=normal(HIDDEN - 1))),
@@ -112,9 +121,10 @@ def test_layers_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             build()
-    stack = kernels.LayerStack([whole_layer(dense=True)], eps=EPS)
-    with pytest.raises(ValueError, match=r"x has shape \(69, "):
-        kernels.run_layers_(normal(NUM_ROWS - 1, HIDDEN), stack, batch(NUM_ROWS))
+    with pytest.raises(ValueError, match=r"embedding has shape \(19, 95\)"):
+        stack_of([whole_layer(dense=True)], embedding=normal(NUM_IDS, HIDDEN - 1))
+    with pytest.raises(ValueError, match="69 ids are given for a batch of 70 rows"):
+        kernels.run_layers(ids(NUM_ROWS - 1), stack_of([whole_layer(dense=True)]), batch(NUM_ROWS))
 
 
 def test_the_head_is_its_operations_to_the_bit() -> None:
@@ -127,15 +137,43 @@ def test_the_head_is_its_operations_to_the_bit() -> None:
     assert kernels.normed_linear(x, [], weight, head, eps=EPS).shape == (0, 61)
 
 
+@pytest.mark.parametrize("num_drawn", [0, 1, 4])
+def test_head_and_sampling_in_one_call_are_both_to_the_bit(num_drawn: int) -> None:
+    head, weight, x = packed(61, HIDDEN, torch.bfloat16), normal(HIDDEN, seed=1), normal(9, HIDDEN)
+    rows, out = [8, 0, 3, 5], normal(4, 61)
+    draws = [
+        kernels.BEST,
+        kernels.Draw(temperature=1.0, random=0.4),
+        kernels.Draw(temperature=2.0, random=0.9, top_k=5),
+    ]
+    drawn = [*draws, kernels.BEST][:num_drawn]
+    want = kernels.normed_linear(x, rows, weight, head, eps=EPS)
+    tokens = kernels.sample_rows(x, rows, weight, head, drawn, eps=EPS, out=out)
+    assert torch.equal(out, want)
+    assert tokens == kernels.sample(want[:num_drawn], drawn)
+
+
 @needs_native
 def test_a_row_without_hidden_state_is_refused() -> None:
+    head, x = packed(5, 8, torch.float32), normal(2, 8)
     with pytest.raises(ValueError, match="outside the rows"):
-        kernels.normed_linear(normal(2, 8), [2], normal(8), packed(5, 8, torch.float32), eps=EPS)
+        kernels.normed_linear(x, [2], normal(8), head, eps=EPS)
+    with pytest.raises(ValueError, match="outside the rows"):
+        kernels.sample_rows(x, [2], normal(8), head, [kernels.BEST], eps=EPS, out=normal(1, 5))
+    with pytest.raises(ValueError, match="2 tokens are to be drawn from 1 rows"):
+        kernels.sample_rows(x, [1], normal(8), head, [kernels.BEST] * 2, eps=EPS, out=normal(1, 5))
+
+
+def test_room_keeps_its_memory() -> None:
+    room = kernels.Room(8, torch.device("cpu"))
+    large = room.rows(5)
+    assert large.shape == (5, 8)
+    assert room.rows(2).data_ptr() == large.data_ptr() == room.rows(5).data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_an_embedding_is_its_twin_to_the_bit(dtype: torch.dtype) -> None:
-    table, ids = normal(9, 61).to(dtype), array("i", [8, 0, 3, 3])
-    assert torch.equal(kernels.embed(table, ids), reference.embed(table, ids))
+    table, some = normal(9, 61).to(dtype), array("i", [8, 0, 3, 3])
+    assert torch.equal(kernels.embed(table, some), reference.embed(table, some))
     with pytest.raises((ValueError, IndexError), match=r"outside|out of range"):
         kernels.embed(table, array("i", [9]))

@@ -43,7 +43,7 @@ def batch(num_rows: int = 70, until: tuple[int, int] | None = None) -> kernels.A
     sequence = (torch.arange(num_rows) >= first).long()
     tables = torch.randperm(10, generator=seeded())[:8].view(2, 4)
     angle = normal(num_rows, ROPE // 2, seed=7)
-    return kernels.AttentionBatch(
+    rows = kernels.BatchRows(
         positions=positions.int(),
         cos=angle.cos(),
         sin=angle.sin(),
@@ -52,13 +52,14 @@ def batch(num_rows: int = 70, until: tuple[int, int] | None = None) -> kernels.A
         block_tables=tables.int(),
         expanded_until=None if until is None else torch.tensor(until, dtype=torch.int32),
     )
+    return kernels.AttentionBatch(rows)
 
 
 def biased(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else y + bias
 
 
-def composed_project(x: torch.Tensor, w: kernels.MlaWeights, rows: kernels.AttentionBatch, first: int) -> torch.Tensor:
+def composed_project(x: torch.Tensor, w: kernels.MlaWeights, rows: kernels.BatchRows, first: int) -> torch.Tensor:
     latent = biased(kernels.linear(x, w.latent_down), w.latent_down_bias)
     key = latent[:, None, LATENT:].contiguous()
     kernels.rope_(key, rows.cos[first : first + len(x)], rows.sin[first : first + len(x)], w.interleave)
@@ -69,7 +70,7 @@ def composed_project(x: torch.Tensor, w: kernels.MlaWeights, rows: kernels.Atten
 
 
 def composed_attend(
-    rows_TD: torch.Tensor, w: kernels.MlaWeights, rows: kernels.AttentionBatch, cache: torch.Tensor
+    rows_TD: torch.Tensor, w: kernels.MlaWeights, rows: kernels.BatchRows, cache: torch.Tensor
 ) -> list[torch.Tensor]:
     query, keys = rows_TD.split([w.query_width, LATENT + ROPE], 1)
     cache.view(-1, LATENT + ROPE)[rows.slots] = keys
@@ -103,7 +104,7 @@ def test_each_row_takes_the_form_of_its_role(until: tuple[int, int] | None) -> N
     x, cache = normal(70, HIDDEN), normal(10, 32, LATENT + ROPE, seed=8)
     projected = kernels.mla_project(x, weights, rows, 0)
     got = kernels.mla_attend(projected, weights, rows, cache.clone())
-    want = composed_attend(projected, weights, rows, cache)
+    want = composed_attend(projected, weights, rows.rows, cache)
     assert all(torch.equal(left, right) for left, right in zip(got, want, strict=True))
 
 
@@ -115,11 +116,11 @@ def test_both_calls_equal_the_single_operations(compressed: bool, with_bias: boo
     weights, rows = layer(dtype, compressed=compressed, biased=with_bias), batch()
     x, cache = normal(70, HIDDEN), normal(10, 32, LATENT + ROPE, seed=8)
     projected = kernels.mla_project(x, weights, rows, 0)
-    assert torch.equal(projected, composed_project(x, weights, rows, 0))
+    assert torch.equal(projected, composed_project(x, weights, rows.rows, 0))
     assert torch.equal(kernels.mla_project(x[9:30], weights, rows, 9), projected[9:30])
     mine, theirs = cache.clone(), cache.clone()
     got = kernels.mla_attend(projected, weights, rows, mine)
-    want = composed_attend(projected, weights, rows, theirs)
+    want = composed_attend(projected, weights, rows.rows, theirs)
     assert torch.equal(mine, theirs)
     assert all(torch.equal(left, right) for left, right in zip(got, want, strict=True))
 
@@ -168,27 +169,3 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.MlaWeights(**fields | {"key_expand": fields["key_up"]})
     with pytest.raises(ValueError, match="without query_norm"):
         kernels.MlaWeights(**fields | {"query_norm": None})
-
-
-def test_rows_laid_out_know_their_positions_slots_and_angles() -> None:
-    cos, sin = normal(128, ROPE // 2), normal(128, ROPE // 2, seed=1)
-    tables = torch.tensor([[5, 2, 0], [1, 7, 3]], dtype=torch.int32)
-    ranges = [(30, 5), (95, 1)]
-    rows = kernels.lay_out(ranges, tables, (cos, sin))
-    positions = [*range(30, 35), 95]
-    assert rows.positions.tolist() == positions
-    assert rows.row_sequence.tolist() == [0] * 5 + [1]
-    assert rows.slots.tolist() == [190, 191, 64, 65, 66, 127]
-    assert torch.equal(rows.cos, cos[positions])
-    assert torch.equal(rows.sin, sin[positions])
-    twin = reference.lay_out(ranges, tables, (cos, sin))
-    assert all(torch.equal(getattr(rows, name), tensor) for name, tensor in twin.items())
-
-
-@needs_native
-def test_positions_without_a_block_or_an_angle_are_refused() -> None:
-    tables = torch.zeros((1, 3), dtype=torch.int32)
-    for num_positions, start in ((128, 96), (64, 64), (64, -1)):
-        angles = normal(num_positions, ROPE // 2), normal(num_positions, ROPE // 2)
-        with pytest.raises(ValueError, match="outside its block table"):
-            kernels.lay_out([(start, 1)], tables, angles)

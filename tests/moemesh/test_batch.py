@@ -58,11 +58,11 @@ def test_rows_know_their_positions_slots_and_logits() -> None:
     batch = build_micro_batch(1, items, mirror, rotary)
     assert batch.index == 1
     assert batch.token_ids.tolist() == [*range(100, 140), 7, 8, 9]
-    assert batch.attention.positions.tolist() == [*range(40), 0, 1, 2]
-    assert batch.attention.slots.tolist() == [*range(160, 192), *range(64, 72), 32, 33, 34]
-    assert batch.attention.row_sequence.tolist() == [0] * 40 + [1] * 3
-    assert batch.attention.block_tables.tolist() == [[5, 2], [1, 0]]
-    assert batch.attention.expanded_until is None
+    assert batch.attention.rows.positions.tolist() == [*range(40), 0, 1, 2]
+    assert batch.attention.rows.slots.tolist() == [*range(160, 192), *range(64, 72), 32, 33, 34]
+    assert batch.attention.rows.row_sequence.tolist() == [0] * 40 + [1] * 3
+    assert batch.attention.rows.block_tables.tolist() == [[5, 2], [1, 0]]
+    assert batch.attention.rows.expanded_until is None
     wanted = [(row.row, row.sequence.seq_id, row.position, row.sample) for row in batch.logits_rows]
     assert wanted == [(31, 4, 31, False), (32, 4, 32, False), (39, 4, 39, True), (42, 9, 2, True)]
 
@@ -75,6 +75,6 @@ def test_rows_of_prompts_are_told_from_generated_ones() -> None:
     found = []
     for step, items in enumerate((first, second, third), start=1):
         mirror.follow(StepPlan(step=step, items=items))
-        until = build_micro_batch(0, items, mirror, rotary, expand_prompts=True).attention.expanded_until
+        until = build_micro_batch(0, items, mirror, rotary, expand_prompts=True).attention.rows.expanded_until
         found.append(None if until is None else until.tolist())
     assert found == [[3, 2], [3, 2], None]

@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.reference_sampling import kept_ids
-from moemesh.sampling import SampleRow, prompt_logprobs, sample
+from moemesh.sampling import SampleRow, describe_samples, draws_of, prompt_logprobs
 from moemesh.sampling_params import SamplingParams
 from moemesh.sequence import Sampled, SamplingError, Sequence
+
+
+def sample(logits_BV: torch.Tensor, rows: list[SampleRow]) -> list[Sampled | SamplingError]:
+    return describe_samples(kernels.sample(logits_BV, draws_of(rows, logits_BV.shape[1])), logits_BV, rows)
 
 
 def row(params: SamplingParams, *, position: int = 0, **fields: object) -> SampleRow:
