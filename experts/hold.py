@@ -5,8 +5,14 @@ layer is held only while a caller is missing that was there for the layer before
 
     min(what reading less weight saves, the median of how far apart calls of one layer came before)
 
-after its first call. It is never a barrier: who was waited for in vain is not waited for again until it has come.
-Pure: times are arguments, in seconds.
+after its first call. Where ranks have more threads than there are cores, the core of a rank that waits computes for
+another: waiting costs next to nothing there, whereas callers that are apart by more than what one layer saves would
+stay apart for good. There a layer is held, instead, for
+
+    PATIENCE times the median of how long callers took from one call to the next
+
+so that callers at most a layer apart come together, and stay together. Neither is a barrier: who was waited for in vain
+is not waited for again until it has come. Pure: times are arguments, in seconds.
 """
 
 from collections import deque
@@ -17,6 +23,7 @@ from statistics import median
 SAMPLES = 32
 FEWEST_SAMPLES = 4
 SMOOTHING = 0.1
+PATIENCE = 1.5
 
 Caller = tuple[int, int]
 """Rank and micro-batch."""
@@ -32,19 +39,25 @@ class _Wave:
 
 
 class HoldRule:
-    """Watches calls come, by layer, and says until when a layer may wait for more."""
+    """Watches calls come, by layer, and says until when a layer may wait for more. `patient`: waiting is free."""
 
-    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+    def __init__(self, layers: Sequence[int], num_experts: int, *, patient: bool = False) -> None:
         self._before = {layer: layers[place - 1] for place, layer in enumerate(layers)}
         self._num_experts = num_experts
+        self._patient = patient
         self._waves: dict[int, _Wave] = {}
         self._seen: dict[Caller, tuple[int, int]] = {}
         self._skews: deque[float] = deque(maxlen=SAMPLES)
         self._seconds_per_expert: float | None = None
+        self._last_call: dict[Caller, float] = {}
+        self._gaps: deque[float] = deque(maxlen=SAMPLES)
 
     def came(self, layer: int, caller: Caller, num_slots: int, now: float) -> None:
         """A call for a layer has come."""
         self._seen[caller] = (layer, num_slots)
+        if caller in self._last_call:
+            self._gaps.append(now - self._last_call[caller])
+        self._last_call[caller] = now
         wave = self._waves.get(layer)
         if wave is None or caller in wave.callers:
             if wave is not None and len(wave.callers) > 1:
@@ -58,6 +71,8 @@ class HoldRule:
         missing = self._missing(layer)
         if not missing or len(self._skews) < FEWEST_SAMPLES:
             return 0.0
+        if self._patient:
+            return self._waves[layer].first + PATIENCE * median(self._gaps)
         return self._waves[layer].first + min(median(self._skews), self._saving(num_slots, missing))
 
     def computed(self, layer: int, num_slots: int, seconds: float) -> None:

@@ -92,7 +92,7 @@ def _hold(model: RankModel, mesh: MeshConfig, *, crowded: bool) -> HoldRule | No
     if mesh.expert_hold == "off" or (mesh.expert_hold == "auto" and not crowded) or not model.banks:
         return None
     num_resident = max(bank.num_resident for bank in model.banks.values())
-    return HoldRule(sorted(model.banks), num_resident)
+    return HoldRule(sorted(model.banks), num_resident, patient=crowded)
 
 
 def _client(parts: _Parts) -> ExpertClient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experts.hold import FEWEST_SAMPLES, HoldRule
+from experts.hold import FEWEST_SAMPLES, PATIENCE, HoldRule
 
 LAYERS = (1, 2)
 SKEW = 0.5
@@ -13,8 +13,11 @@ SLOTS = 6
 
 @pytest.fixture
 def rule() -> HoldRule:
+    return _after_some_steps(HoldRule(LAYERS, 8))
+
+
+def _after_some_steps(rule: HoldRule) -> HoldRule:
     """Callers 7 and 8, the second SKEW behind the first; a batch takes a second. Step i is at 10 i, layers 5 apart."""
-    rule = HoldRule(LAYERS, 8)
     for step in range(FEWEST_SAMPLES + 1):
         for place, layer in enumerate(LAYERS):
             _both(rule, layer, 10.0 * step + 5 * place)
@@ -69,3 +72,19 @@ def test_a_model_with_one_layer_of_experts() -> None:
         rule.computed(3, 2 * SLOTS, 1.0)
     rule.came(3, (8, 0), SLOTS, 100.0)
     assert 100.0 < rule.until(3, SLOTS) <= 100.0 + SKEW
+
+
+def test_where_waiting_is_free_a_layer_waits_for_whom_is_a_layer_behind() -> None:
+    rule = _after_some_steps(HoldRule(LAYERS, 8, patient=True))
+    rule.came(1, (7, 0), 1, 100.0)
+    assert rule.until(1, 1) == pytest.approx(100.0 + PATIENCE * 5)
+    rule.came(1, (8, 0), 1, 104.0)
+    assert rule.until(1, 2) <= 104.0
+
+
+def test_free_waiting_ends_too() -> None:
+    rule = _after_some_steps(HoldRule(LAYERS, 8, patient=True))
+    rule.came(1, (7, 0), SLOTS, 100.0)
+    rule.computed(1, SLOTS, 1.0)
+    rule.came(2, (7, 0), SLOTS, 105.0)
+    assert rule.until(2, SLOTS) <= 105.0
