@@ -212,8 +212,8 @@ def plan_slots(
     rows = is_first.cumsum(0) - 1 - (row_counts.cumsum(0) - row_counts)[ranks]
     places = torch.empty_like(positions).index_copy_(0, positions, torch.arange(len(positions)))
     slot_counts = ranks.bincount(minlength=num_ranks).tolist()
-    by_rank = [t.int().split(slot_counts) for t in (rows, ids[positions], positions)]
-    firsts = tokens[is_first].int().split(row_counts.tolist())
+    by_rank = [torch.split_with_sizes(t.int(), slot_counts) for t in (rows, ids[positions], positions)]
+    firsts = torch.split_with_sizes(tokens[is_first].int(), row_counts.tolist())
     return firsts, by_rank[0], by_rank[1], by_rank[2], places.int(), slot_counts
 
 
