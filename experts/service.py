@@ -115,7 +115,8 @@ class ExpertService:
             raise ProtocolError(
                 f"weights are {weights.dtype} {tuple(weights.shape)}, not float32 {call.slot_row.shape}"
             )
-        call = replace(call, rows_nH=call.rows_nH.to(self._device))
+        if self._device.type != "cpu":
+            call = replace(call, rows_nH=call.rows_nH.to(self._device))
         self._enqueue(header.layer, _Waiting(call=call, weights=weights, header=header))
         return None
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kernels.linear import PackedLinear
     from kernels.mla import MlaWeights
 
+Pieces = tuple[torch.Tensor, ...]
+
 
 def embed(table_VK: torch.Tensor, ids: array[int]) -> torch.Tensor:
     return table_VK.index_select(0, torch.tensor(ids, dtype=torch.int64, device=table_VK.device)).float()
@@ -204,7 +206,7 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 def plan_slots(
     ids_TK: torch.Tensor, rank_of_E: torch.Tensor, num_ranks: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int], list[int]]:
+) -> tuple[Pieces, Pieces, Pieces, Pieces, torch.Tensor, list[int]]:
     ids = ids_TK.flatten().long()
     _check_below(ids, rank_of_E.shape[0], "expert")
     ranks = rank_of_E.long()[ids]
@@ -217,8 +219,9 @@ def plan_slots(
     rows = is_first.cumsum(0) - 1 - (row_counts.cumsum(0) - row_counts)[ranks]
     places = torch.empty_like(positions).index_copy_(0, positions, torch.arange(len(positions)))
     slot_counts = ranks.bincount(minlength=num_ranks).tolist()
-    tensors = [t.int() for t in (tokens[is_first], rows, ids[positions], positions, places)]
-    return tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], slot_counts, row_counts.tolist()
+    by_rank = [torch.split_with_sizes(t.int(), slot_counts) for t in (rows, ids[positions], positions)]
+    firsts = torch.split_with_sizes(tokens[is_first].int(), row_counts.tolist())
+    return firsts, by_rank[0], by_rank[1], by_rank[2], places.int(), slot_counts
 
 
 def _check_below(values: torch.Tensor, limit: int, name: str) -> None:

@@ -17,18 +17,16 @@ from kernels.runtime import native, native_available, require
 class SlotPlan:
     """The slots sorted by rank, then position; int32, on the CPU.
 
-    `tokens`: each rank's distinct tokens, ascending, rank after rank. Over the sorted slots, [S]: `rows`, which of its
-    rank's tokens; `experts`; `positions`, flat t * K + k. `places` [S] is where each position went. By rank:
-    `slot_counts` and `row_counts`.
+    For each rank: `tokens`, its distinct tokens, ascending; and of its slots `rows`, which of its tokens, `experts` and
+    `positions`, flat t * K + k. `places` [S] is where each position went among the slots of all ranks.
     """
 
-    tokens: torch.Tensor
-    rows: torch.Tensor
-    experts: torch.Tensor
-    positions: torch.Tensor
+    tokens: tuple[torch.Tensor, ...]
+    rows: tuple[torch.Tensor, ...]
+    experts: tuple[torch.Tensor, ...]
+    positions: tuple[torch.Tensor, ...]
     places: torch.Tensor
     slot_counts: list[int]
-    row_counts: list[int]
 
 
 def plan_slots(ids_TK: torch.Tensor, rank_of_E: torch.Tensor, num_ranks: int) -> SlotPlan:
@@ -41,10 +39,14 @@ def plan_slots(ids_TK: torch.Tensor, rank_of_E: torch.Tensor, num_ranks: int) ->
     if not native_available():
         return SlotPlan(*reference.plan_slots(ids_TK, rank_of_E, num_ranks))
     num_tokens, top_k = ids_TK.shape
-    plan = torch.empty((5, num_tokens * top_k), dtype=torch.int32)
+    num_slots = num_tokens * top_k
+    plan = torch.empty(5 * num_slots, dtype=torch.int32)
     counts = torch.empty((2, num_ranks), dtype=torch.int32)
     at = plan.data_ptr(), counts.data_ptr()
     native.plan_slots(ids_TK.data_ptr(), num_tokens, top_k, rank_of_E.data_ptr(), rank_of_E.shape[0], num_ranks, *at)
     slot_counts, row_counts = counts.tolist()
-    tokens, rows, experts, positions, places = plan.unbind()
-    return SlotPlan(tokens[: sum(row_counts)], rows, experts, positions, places, slot_counts, row_counts)
+    sizes = [*row_counts, num_slots - sum(row_counts), *slot_counts, *slot_counts, *slot_counts, num_slots]
+    pieces = torch.split_with_sizes(plan, sizes)  # one call: each view apart would cost as much as all of them
+    starts = [num_ranks + 1 + i * num_ranks for i in range(3)]
+    rows, experts, positions = (tuple(pieces[start : start + num_ranks]) for start in starts)
+    return SlotPlan(tuple(pieces[:num_ranks]), rows, experts, positions, pieces[-1], slot_counts)

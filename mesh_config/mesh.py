@@ -38,7 +38,7 @@ class MeshConfig:
     num_cache_blocks: int | None = None
     combine: Literal["exact", "compact"] = "exact"
     expert_hold: Literal["auto", "on", "off"] = "auto"
-    micro_batches: int = 1
+    micro_batches: Literal["auto"] | int = "auto"
     credit_window: int = 16
     prefix_caching: bool = True
     prefill_attention: Literal["absorbed", "expanded"] = "absorbed"
@@ -53,7 +53,7 @@ class MeshConfig:
         _check_choice("combine", self.combine, ("exact", "compact"))
         _check_choice("prefill_attention", self.prefill_attention, ("absorbed", "expanded"))
         _check_choice("expert_hold", self.expert_hold, ("auto", "on", "off"))
-        _check_choice("micro_batches", self.micro_batches, (1, 2))
+        _check_choice("micro_batches", self.micro_batches, ("auto", 1, 2))
         _check_choice("block_size", self.block_size, (BLOCK_SIZE,))
         _check_choice("device", self.device, ("cpu", "cuda"))
 

@@ -39,9 +39,9 @@ class MicroBatch:
     logits_rows: tuple[LogitsRow, ...]
 
 
-def split_plan(plan: StepPlan, num_parts: int) -> list[tuple[ScheduledSequence, ...]]:
-    """Cut a plan's items into at most `num_parts` micro-batches of about the same number of rows, sequences whole."""
-    if num_parts == 1 or len(plan.items) < 2:
+def split_plan(plan: StepPlan) -> list[tuple[ScheduledSequence, ...]]:
+    """Cut a plan's items into its micro-batches, sequences whole: two are of about the same number of rows."""
+    if plan.micro_batches == 1 or len(plan.items) < 2:
         return [plan.items]
     half, rows = plan.num_tokens / 2, 0
     for cut, item in enumerate(plan.items):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NoReturn, Self, TypeVar, cast
 import yaml
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
+T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)(B?)")
 _EXPONENT = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -72,6 +73,11 @@ def whole(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
         return number
 
     return convert
+
+
+def auto_or(other: Callable[[object], T]) -> Callable[[object], T | str]:
+    """The word auto, or what `other` takes."""
+    return lambda value: "auto" if value == "auto" else other(value)
 
 
 def size(value: object) -> int:

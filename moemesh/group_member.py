@@ -4,8 +4,11 @@ The leader owns the group's scheduler; every member, the leader included, builds
 One step of a group is under way at a time; its micro-batches run side by side.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import msgpack
 import torch
@@ -15,6 +18,7 @@ from moemesh.batch import MicroBatch, build_micro_batch, split_plan
 from moemesh.forward import Forward
 from moemesh.head import Head, RowResults
 from moemesh.model import AttentionModel
+from moemesh.overlap import OverlapRule
 from moemesh.scheduler import Scheduler
 from moemesh.sequence import Sequence, SequenceOutput
 from moemesh.step_plan import PlanMirror, StepPlan
@@ -39,10 +43,11 @@ class GroupMember:
         model: AttentionModel,
         attention: AttentionService,
         forward: Forward,
-        num_micro_batches: int,
+        overlap: OverlapRule,
         expand_prompts: bool,
         scheduler: Scheduler | None,
         generation: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
         trace: Trace | None = None,
     ) -> None:
         self._members = members
@@ -52,15 +57,17 @@ class GroupMember:
         self._head = Head(model)
         self._attention = attention
         self._forward = forward
-        self._num_micro_batches = num_micro_batches
+        self._overlap = overlap
         self._expand_prompts = expand_prompts
         self.scheduler = scheduler
         self._generation = generation
+        self._clock = clock
         self._trace = trace
         self._mirror = PlanMirror()
         self._plans: deque[StepPlan] = deque()
         self._task: Task[None] | None = None
         self._outputs: list[SequenceOutput] = []
+        self._waited = 0.0
         self.num_steps = 0
 
     @property
@@ -92,6 +99,10 @@ class GroupMember:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def waited(self, seconds: float) -> None:
+        """The rank had nothing to do for so long."""
+        self._waited += seconds
+
     def turn(self) -> bool:
         """Advance as far as possible without waiting; whether anything happened."""
         if self._task is None and not self._begin():
@@ -107,6 +118,7 @@ class GroupMember:
             plan = self.scheduler.schedule() or self.scheduler.release_plan()
             if plan is None:
                 return False
+            plan = replace(plan, micro_batches=self._overlap.num_parts(plan.num_tokens))
             self._broadcast(plan)
         elif self._plans:
             plan = self._plans.popleft()
@@ -126,9 +138,10 @@ class GroupMember:
 
     def _step(self, plan: StepPlan) -> Steps[None]:
         began = now() if self._trace is not None else None
+        started, self._waited = self._clock(), 0.0
         self._mirror.follow(plan)
         if plan.items:
-            parts = split_plan(plan, self._num_micro_batches)
+            parts = split_plan(plan)
             rotary, expand = self._model.rotary, self._expand_prompts
             batches = [
                 build_micro_batch(index, items, self._mirror, rotary, expand_prompts=expand)
@@ -137,6 +150,8 @@ class GroupMember:
             results = yield from together([self._run(plan.step, batch) for batch in batches])
             if self.scheduler is not None:
                 yield from self._finish_as_leader(self.scheduler, plan, batches, results)
+                seconds = self._clock() - started
+                self._overlap.note(plan.num_tokens, len(parts), seconds=seconds, waited=self._waited)
         self._mailbox.discard(self._generation, plan.step + 1)
         self.num_steps += 1
         if self._trace is not None:

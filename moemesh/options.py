@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moemesh.flags import Options, OptionsError, flag, one_of, real, size, text, token_ids, truth, whole
+from moemesh.flags import Options, OptionsError, auto_or, flag, one_of, real, size, text, token_ids, truth, whole
 from moemesh.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
@@ -72,8 +72,12 @@ class EngineOptions(ModelOptions):
         one_of("auto", "on", "off"),
         metavar="auto|on|off",
     )
-    micro_batches: int = flag(
-        1, "batches in flight on a rank; 2 hides travel time, but reads the experts twice", whole(1, 2)
+    micro_batches: str | int = flag(
+        "auto",
+        "batches in flight on a rank: 2 hides travel time, but reads weights twice; auto: by what steps were measured "
+        "to take, and 1 where a host's ranks have more threads than it has cores",
+        auto_or(whole(1, 2)),
+        metavar="auto|1|2",
     )
     credit_window: int = flag(16, "frames on the way to one peer before further ones wait here", whole(1, 256))
     threads: int | None = flag(None, "compute threads of a rank (default: cores / ranks)", whole(1, 1024))

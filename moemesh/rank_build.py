@@ -16,6 +16,7 @@ from moemesh.forward import Forward, ForwardPass, WholeForward, stack_layers
 from moemesh.group_member import GroupMember
 from moemesh.idle import IdleWait
 from moemesh.model import RankModel
+from moemesh.overlap import OverlapRule
 from moemesh.rank_engine import ControlPort, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
@@ -36,6 +37,7 @@ class _Parts:
     experts: ExpertService
     load: ExpertLoad
     device: torch.device
+    crowded: bool
     trace: Trace | None
 
 
@@ -68,6 +70,7 @@ def build_rank(
         ),
         load=ExpertLoad(config.moe_layers, config.num_experts),
         device=device,
+        crowded=idle.crowded,
         trace=trace,
     )
     client = _client(parts) if model.attention is not None else None
@@ -89,7 +92,7 @@ def _hold(model: RankModel, mesh: MeshConfig, *, crowded: bool) -> HoldRule | No
     if mesh.expert_hold == "off" or (mesh.expert_hold == "auto" and not crowded) or not model.banks:
         return None
     num_resident = max(bank.num_resident for bank in model.banks.values())
-    return HoldRule(sorted(model.banks), num_resident)
+    return HoldRule(sorted(model.banks), num_resident, patient=crowded)
 
 
 def _client(parts: _Parts) -> ExpertClient:
@@ -140,11 +143,17 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
         model=model,
         attention=attention,
         forward=forward,
-        num_micro_batches=mesh.micro_batches,
+        overlap=_overlap(mesh, crowded=parts.crowded),
         expand_prompts=mesh.prefill_attention == "expanded",
         scheduler=_scheduler(mesh) if members[0] == rank else None,
         trace=parts.trace,
     )
+
+
+def _overlap(mesh: MeshConfig, *, crowded: bool) -> OverlapRule:
+    if mesh.micro_batches != "auto":
+        return OverlapRule((mesh.micro_batches,))
+    return OverlapRule((1,) if crowded else (1, 2))
 
 
 def _scheduler(mesh: MeshConfig) -> Scheduler:

@@ -81,6 +81,8 @@ class RankEngine:
                 self._idle.worked()
             else:
                 self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
+                if self._member is not None:
+                    self._member.waited(time.perf_counter() - began)
             self._send_stats()
 
     def _longest_wait(self) -> float:

@@ -8,7 +8,7 @@ previous one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moemesh.sampling_params import SamplingParams
@@ -78,13 +78,15 @@ class AdmittedSequence:
 class StepPlan:
     """One step, the `step`-th of a scheduler. A mirror drops `released`, enters `admitted`, then extends by `items`.
 
-    Rows of the batch are the items' positions, item after item. A plan without items only releases.
+    Rows of the batch are the items' positions, item after item, cut into at most `micro_batches`. A plan without items
+    only releases.
     """
 
     step: int
     items: tuple[ScheduledSequence, ...] = ()
     admitted: tuple[AdmittedSequence, ...] = ()
     released: tuple[int, ...] = ()
+    micro_batches: int = field(default=1, compare=False)  # the leader's choice, behind the scheduler's
 
     @property
     def num_tokens(self) -> int:
@@ -108,19 +110,22 @@ class StepPlan:
         items: list[int] = []
         for item in self.items:
             items += _item_to_ints(item)
-        return [self.step, list(self.released), admitted, items]
+        return [self.step, list(self.released), admitted, items, self.micro_batches]
 
     @classmethod
     def from_wire(cls, wire: object) -> StepPlan:
         """The inverse of to_wire; ValueError for anything else."""
-        if not isinstance(wire, list) or len(wire) != 4 or not isinstance(wire[2], list):
-            raise ValueError("a step plan has 4 fields: step, released, admitted, items")
-        step, released, admitted, items = wire
+        if not isinstance(wire, list) or len(wire) != 5 or not isinstance(wire[2], list):
+            raise ValueError("a step plan has 5 fields: step, released, admitted, items, micro-batches")
+        step, released, admitted, items, micro_batches = wire
+        if micro_batches not in (1, 2):
+            raise ValueError(f"a step plan has 1 or 2 micro-batches, not {micro_batches!r}")
         return cls(
             step=_ints([step], "step")[0],
             released=_ints(released, "released"),
             admitted=tuple(_admitted_from_wire(entry) for entry in admitted),
             items=_items_from_ints(_ints(items, "items")),
+            micro_batches=micro_batches,
         )
 
 

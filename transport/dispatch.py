@@ -68,28 +68,12 @@ def plan_dispatch(ids_TK: Tensor, rank_of_expert_E: Tensor, num_ranks: int) -> D
     """
     plan = kernels.plan_slots(ids_TK, rank_of_expert_E, num_ranks)
     destinations = tuple([rank for rank, count in enumerate(plan.slot_counts) if count])
-    num_slots = [plan.slot_counts[rank] for rank in destinations]
-    parts = zip(
-        _cut(plan.tokens, [plan.row_counts[rank] for rank in destinations]),
-        _cut(plan.rows, num_slots),
-        _cut(plan.experts, num_slots),
-        _cut(plan.positions, num_slots),
-        strict=True,
-    )
+    parts = [
+        DispatchPart(plan.tokens[rank], plan.rows[rank], plan.experts[rank], plan.positions[rank])
+        for rank in destinations
+    ]
     num_tokens, top_k = ids_TK.shape
-    parts_by_destination = tuple([DispatchPart(*part) for part in parts])
-    return Dispatch(num_tokens, top_k, destinations, parts_by_destination, plan.places.view(num_tokens, top_k))
-
-
-def _cut(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (values,) * len(sizes) if len(sizes) < 2 else torch.split_with_sizes(values, sizes)
-
-
-def _bounds(counts: Sequence[int]) -> tuple[int, ...]:
-    bounds = [0]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    return tuple(bounds)
+    return Dispatch(num_tokens, top_k, destinations, tuple(parts), plan.places.view(num_tokens, top_k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +87,8 @@ class ExpertCall:
     def missing(self, local_slot_E: Tensor) -> list[int]:
         """The experts it asks for that have no local slot (negative in local_slot_E int32 [E]), ascending."""
         experts: Int32 = self.slot_expert.numpy()
-        return np.unique(experts[local_slot_E.numpy()[experts] < 0]).tolist()  # type: ignore[no-any-return]
+        absent = local_slot_E.numpy()[experts] < 0
+        return np.unique(experts[absent]).tolist() if absent.any() else []
 
 
 def dispatch_tensors(x_TH: Tensor, part: DispatchPart) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,10 +118,13 @@ def merge_calls(calls: Sequence[ExpertCall]) -> ExpertCall:
     """Calls of one layer as one, so that each touched expert's weights are read once; rows and slots in their order."""
     if len(calls) == 1:
         return calls[0]
-    starts = _bounds([call.rows_nH.shape[0] for call in calls])
-    slot_rows = [call.slot_row + start for call, start in zip(calls, starts, strict=False)]
+    slot_rows: list[Int32] = []
+    start = 0
+    for call in calls:
+        slot_rows.append(call.slot_row.numpy() + np.int32(start))
+        start += call.rows_nH.shape[0]
     return ExpertCall(
         torch.cat([call.rows_nH for call in calls]),
-        torch.cat(slot_rows),
-        torch.cat([call.slot_expert for call in calls]),
+        torch.from_numpy(np.concatenate(slot_rows)),
+        torch.from_numpy(np.concatenate([call.slot_expert.numpy() for call in calls])),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,10 +30,10 @@ def _item(seq_id: int, start: int, count: int, **fields: object) -> ScheduledSeq
     ],
 )
 def test_micro_batches_are_halves_of_whole_sequences(counts: list[int], parts: list[int]) -> None:
-    plan = StepPlan(step=0, items=tuple(_item(i, 0, count) for i, count in enumerate(counts)))
-    assert [len(part) for part in split_plan(plan, 2)] == parts
-    assert [item for part in split_plan(plan, 2) for item in part] == list(plan.items)
-    assert split_plan(plan, 1) == [plan.items]
+    plan = StepPlan(step=0, items=tuple(_item(i, 0, count) for i, count in enumerate(counts)), micro_batches=2)
+    assert [len(part) for part in split_plan(plan)] == parts
+    assert [item for part in split_plan(plan) for item in part] == list(plan.items)
+    assert split_plan(replace(plan, micro_batches=1)) == [plan.items]
 
 
 def _mirror(*prompts: tuple[int, tuple[int, ...]]) -> tuple[PlanMirror, RotaryTable]:

@@ -36,22 +36,29 @@ def test_sampled_survives_the_wire() -> None:
 @pytest.mark.parametrize(
     ("wire", "story"),
     [
-        (None, "4 fields"),
-        ([0, [], []], "4 fields"),
-        ([0, ["a"], [], []], "released of a step plan"),
-        ([0, [], [], [True]], "items of a step plan"),
-        ([0, [], [], [1, 0, 1, 1]], "want 5 more numbers, 4 are left"),
-        ([0, [], [], [1, 0, 1, 1, -1, 0]], "want -1 more"),
-        ([0, [], [], [1, 0, 1, 1, 9, 0]], "want 9 more"),
-        ([0, [], [], [1, 0, 0, 1, 0, 0]], "count=0"),
-        ([0, [], [], [1, 0, 1, 8, 0, 0]], "flags=8"),
-        ([0, [], [[1, [2], []]], []], "7 fields"),
-        ([0, [], [[1, [2], [], {"bogus": 1}, 0, [], 0]], []], "unknown sampling parameter"),
+        (None, "5 fields"),
+        ([0, [], []], "5 fields"),
+        ([0, ["a"], [], [], 1], "released of a step plan"),
+        ([0, [], [], [True], 1], "items of a step plan"),
+        ([0, [], [], [1, 0, 1, 1], 1], "want 5 more numbers, 4 are left"),
+        ([0, [], [], [1, 0, 1, 1, -1, 0], 1], "want -1 more"),
+        ([0, [], [], [1, 0, 1, 1, 9, 0], 1], "want 9 more"),
+        ([0, [], [], [1, 0, 0, 1, 0, 0], 1], "count=0"),
+        ([0, [], [], [1, 0, 1, 8, 0, 0], 1], "flags=8"),
+        ([0, [], [[1, [2], []]], [], 1], "7 fields"),
+        ([0, [], [], [], 3], "1 or 2 micro-batches, not 3"),
+        ([0, [], [[1, [2], [], {"bogus": 1}, 0, [], 0]], [], 1], "unknown sampling parameter"),
     ],
 )
 def test_a_malformed_plan_is_refused(wire: object, story: str) -> None:
     with pytest.raises(ValueError, match=story):
         StepPlan.from_wire(wire)
+
+
+def test_micro_batches_survive_the_wire() -> None:
+    for count in (1, 2):
+        plan = StepPlan(step=0, micro_batches=count)
+        assert StepPlan.from_wire(plan.to_wire()).micro_batches == count
 
 
 def test_a_mirror_that_missed_a_plan_says_so() -> None:
