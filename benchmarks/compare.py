@@ -10,6 +10,7 @@ are installed: benchmarks/README.md says how. The result goes to a dated file in
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -157,16 +158,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = options_from_arguments(CompareOptions, parser.parse_args(arguments), implied={})
     except OptionsError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, _end)
     contestants = contestants_of(options)
-    rounds = [run_round(contestants, number, options.timeout) for number in range(options.rounds)]
-    summary = summarize(rounds, [contestant.name for contestant in contestants], options.batch_sizes)
-    print(describe(summary))
     now = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")
     path = Path(options.results) / f"{now}-compare-{Path(options.checkpoint).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_result(path, result_document(options, {"commit": _commit(), "summary": summary, "rounds": rounds}))
+    rounds: list[Round] = []
+    for number in range(options.rounds):
+        rounds.append(run_round(contestants, number, options.timeout))
+        summary = summarize(rounds, [contestant.name for contestant in contestants], options.batch_sizes)
+        # Rounds take long: what was measured is kept, whatever happens to those that follow.
+        write_result(path, result_document(options, {"commit": _commit(), "summary": summary, "rounds": rounds}))
+    print(describe(summary))
     print(path)
     return 0 if all(len(done) == len(contestants) for done in rounds) else 1
+
+
+def _end(number: int, frame: object) -> None:
+    """On SIGTERM: leave in good order, so that nobody who takes part is left behind."""
+    raise SystemExit(128 + number)
 
 
 def _split(entry: str) -> tuple[str, str]:

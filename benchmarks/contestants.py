@@ -91,6 +91,9 @@ class Contestant:
                 os.killpg(process.pid, signal.SIGKILL)
                 output, errors = process.communicate()
                 raise ContestantFailed(f"{self.name}: not done in {timeout_s:g} s: {errors[-2000:]}") from error
+            except BaseException:  # the comparison itself was ended
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         return process.returncode, output, errors
 
 

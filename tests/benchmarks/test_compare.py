@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 from benchmarks.compare import CompareOptions, contestants_of, describe, run_round, summarize
 from benchmarks.contestants import Cases, Contestant, ContestantFailed, read_llama
 from moemesh.flags import OptionsError
+from moemesh.launcher import package_environment
+from moemesh.processes import ProcessIdentity
+from tests.end_to_end.harness import eventually
 
 OPTIONS = CompareOptions(
     checkpoint="model",
@@ -94,3 +99,28 @@ def test_one_that_takes_too_long_is_ended_with_what_it_started() -> None:
     source = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import signal; signal.pause()'])"
     with pytest.raises(ContestantFailed, match=r"slow: not done in 0\.5 s"):
         python("slow", source).run(Path("unused"), timeout_s=0.5)  # returns: nobody holds the pipes open any more
+
+
+def test_a_comparison_that_is_ended_keeps_its_rounds_and_leaves_nobody_behind(tmp_path: Path) -> None:
+    # A program in the place of llama.cpp's: quick the first time, then it never ends.
+    seen, program = tmp_path / "seen", tmp_path / "llama-batched-bench"
+    program.write_text(
+        f"#!/bin/sh\n[ -e {seen} ] && echo $$ > {tmp_path}/pid && exec sleep 600\ntouch {seen}\n"
+        'echo \'{"pl": 1, "speed_pp": 2.0, "speed_tg": 3.0}\'\n'
+    )
+    program.chmod(0o755)
+    command = [sys.executable, "-P", "-m", "benchmarks.compare", "model", "--moemesh", "none=--no-such-flag"]
+    command += ["--batch-sizes", "1", "--gguf", "fake=model.gguf", "--llama-batched-bench", str(program)]
+    process = subprocess.Popen([*command, "--results", str(tmp_path)], env=package_environment(), cwd=tmp_path)
+    try:
+        eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        hanging = ProcessIdentity.of(int((tmp_path / "pid").read_text()))
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert hanging is not None
+    eventually(lambda: not hanging.alive())
+    (result,) = tmp_path.glob("*-compare-model.json")
+    assert [list(done) for done in json.loads(result.read_text())["rounds"]] == [["llama.cpp fake"]]
