@@ -87,6 +87,11 @@ class RankReports(Collector):
             state.incarnation, state.values = incarnation, {}
         state.values.update(counters)
 
+    def rename(self, rank: int, incarnation: int) -> None:
+        """The same process counts on as another incarnation."""
+        if rank in self._ranks:
+            self._ranks[rank].incarnation = incarnation
+
     def forget_gauges(self, rank: int) -> None:
         """A dead rank runs nothing and holds no cache; what it counted stays."""
         state = self._ranks.get(rank)
@@ -194,7 +199,21 @@ class Metrics:
             "Replayed tokens that differed from what had been sent; none was sent.",
             registry=registry,
         )
-        self.epoch = Gauge("moemesh_epoch", "Number of the membership view in force.", registry=registry)
+        self.epoch = Gauge("moemesh_membership_epoch", "Number of the membership view in force.", registry=registry)
+        self.transitions = Counter(
+            "moemesh_rank_transitions",
+            "Changes of a rank's state, by the new one: up, suspect, dead or joining.",
+            ("rank", "state"),
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "moemesh_request_restarts",
+            "Requests that were given to an attention group again, with their tokens so far.",
+            registry=registry,
+        )
+        self.stale_messages = Counter(
+            "moemesh_stale_messages", "Messages of lives of ranks that are over; none was believed.", registry=registry
+        )
         self._rank_up = Gauge("moemesh_rank_up", "1 while the rank serves, else 0.", ("rank",), registry=registry)
 
     def set_rank_up(self, rank: int, up: bool) -> None:

@@ -121,6 +121,18 @@ class EngineOptions(ModelOptions):
         one_of("absorbed", "expanded"),
         metavar="absorbed|expanded",
     )
+    fault_tolerance: str = flag(
+        "on",
+        "on: a rank that dies or stops is given up and its requests go on elsewhere; off: it ends the mesh",
+        one_of("on", "off"),
+        metavar="on|off",
+    )
+    respawn: str = flag(
+        "on", "start a rank that was lost again; off: go on without it", one_of("on", "off"), metavar="on|off"
+    )
+    stop_grace: float = flag(
+        15.0, "seconds that a rank which was stopped or out of reach has to come back before it is killed", real(0.0)
+    )
     trace: str | None = flag(
         None, "write what every rank did when to this file, for https://ui.perfetto.dev", text, metavar="FILE"
     )
@@ -171,6 +183,15 @@ class ServeOptions(EngineOptions):
         text,
         many=True,
         metavar="KEY",
+    )
+    max_queued_requests: int = flag(
+        4096, "requests that may wait for their turn; further ones get status 503 and Retry-After", whole(1)
+    )
+    max_queued_tokens: int | None = flag(
+        None, "tokens that their prompts may have together, such as 4M (default: no limit)", size
+    )
+    queue_timeout: float | None = flag(
+        None, "seconds that a request may wait for its turn (default: no limit)", real(0.0), metavar="S"
     )
     drain_timeout: float = flag(30.0, "seconds that running requests have to finish after SIGTERM", real(0.0))
 
