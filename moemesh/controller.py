@@ -72,6 +72,7 @@ class Controller:
         model_config: ModelConfig,
         mesh: MeshConfig,
         placement: Placement,
+        expert_bytes: int,
         metrics: Metrics,
         frontend_pid: int,
     ) -> None:
@@ -79,7 +80,7 @@ class Controller:
         self._model_config = model_config
         self._mesh = mesh
         self._metrics = metrics
-        self.view = MeshView(mesh, placement, frontend_pid=frontend_pid)
+        self.view = MeshView(mesh, placement, expert_bytes=expert_bytes, frontend_pid=frontend_pid)
         self._ledger = Ledger(len(mesh.groups), _affinity(mesh))
         self._streams: dict[int, _Stream] = {}
         self._failure: str | None = None

@@ -54,6 +54,7 @@ async def running_mesh(
         model_config=plan.model,
         mesh=plan.mesh,
         placement=plan.placement,
+        expert_bytes=plan.expert_bytes,
         metrics=metrics,
         frontend_pid=os.getpid(),
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
 from transport import messages
@@ -32,13 +33,14 @@ class RankRecord:
 class MeshView:
     """One record per rank, and the epoch that counts changes of the set of ranks that are up."""
 
-    def __init__(self, mesh: MeshConfig, placement: Placement, *, frontend_pid: int) -> None:
+    def __init__(self, mesh: MeshConfig, placement: Placement, *, expert_bytes: int, frontend_pid: int) -> None:
         self._mesh = mesh
         self._placement = placement
+        self._expert_bytes = expert_bytes
         self._frontend_pid = frontend_pid
         self.epoch = 0
         self._ranks = {rank: RankRecord(rank=rank) for rank in range(mesh.num_ranks)}
-        self._expert_load = {layer: [0] * len(placement.ranks_of(layer)) for layer in placement.moe_layers}
+        self._expert_load = {layer: [0] * len(placement.hosts_of(layer)) for layer in placement.moe_layers}
 
     @property
     def ready(self) -> bool:
@@ -102,19 +104,24 @@ class MeshView:
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `/mesh`."""
+        living = [rank for rank in self._mesh.expert_ranks if self._ranks[rank].state != "dead"]
+        losses = coverage(self._placement, living, expert_bytes=self._expert_bytes)
         return {
             "epoch": self.epoch,
             "frontend_pid": self._frontend_pid,
-            "ranks": [self._describe_rank(record) for record in self._ranks.values()],
+            "ranks": [self._describe_rank(record, losses.get(record.rank, NO_LOSS)) for record in self._ranks.values()],
             "attention_groups": [list(group) for group in self._mesh.groups],
             "placement": {
                 "version": self._placement.version,
-                "experts": {str(layer): list(self._placement.ranks_of(layer)) for layer in self._placement.moe_layers},
+                "experts": {
+                    str(layer): [list(hosts) for hosts in self._placement.hosts_of(layer)]
+                    for layer in self._placement.moe_layers
+                },
             },
             "expert_load": {str(layer): list(counts) for layer, counts in self._expert_load.items()},
         }
 
-    def _describe_rank(self, record: RankRecord) -> dict[str, Any]:
+    def _describe_rank(self, record: RankRecord, loss: Loss) -> dict[str, Any]:
         return {
             "rank": record.rank,
             "pid": record.pid,
@@ -126,4 +133,10 @@ class MeshView:
             "threads": record.num_threads,
             "instruction_set": record.isa,
             "cache_blocks": record.num_blocks,
+            "loss": {
+                "cover": loss.cover,
+                "experts_without_replica": loss.alone,
+                "reload_bytes": loss.num_bytes,
+                "reload_seconds": loss.seconds,
+            },
         }

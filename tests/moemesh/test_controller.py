@@ -79,7 +79,7 @@ async def loading(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRan
     placement = even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, num_ranks)
     ranks = FakeRanks()
     controller = Controller(
-        ranks, model_config=model, mesh=mesh, placement=placement, metrics=Metrics(), frontend_pid=1
+        ranks, model_config=model, mesh=mesh, placement=placement, expert_bytes=1, metrics=Metrics(), frontend_pid=1
     )
     serving = asyncio.create_task(controller.run())
     try:
