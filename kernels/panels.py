@@ -15,7 +15,7 @@ PANEL = 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 SCALED = (torch.float8_e4m3fn, torch.int8)
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 
 
 def check_weight_dtype(dtype: torch.dtype) -> None:
@@ -36,10 +36,10 @@ def panel_bytes(num_in: int, dtype: torch.dtype) -> int:
 
 def allocate(num_bytes: int) -> torch.Tensor:
     """Uninitialised bytes, aligned and on huge pages where that is worth it (fewer TLB misses when streaming)."""
-    if num_bytes < 2 * _HUGE_PAGE or native is None:
+    if num_bytes < 2 * HUGE_PAGE or native is None:
         return torch.empty(num_bytes, dtype=torch.uint8)
-    whole = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE
+    whole = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
     data = whole[start : start + num_bytes]
     native.advise_huge_pages(data.data_ptr(), num_bytes)
     return data
