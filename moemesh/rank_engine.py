@@ -88,7 +88,9 @@ class RankEngine:
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - time.monotonic())
         held_for = self._experts.held_for()
-        return longest if held_for is None else min(longest, held_for)
+        if held_for is not None:
+            longest = min(longest, held_for)
+        return longest if self._client is None else min(longest, max(0.0, self._client.due() - time.monotonic()))
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
@@ -96,6 +98,8 @@ class RankEngine:
         if self._link.num_ranks > 1:
             busy |= self._read_frames()
         busy |= self._answer_experts()
+        if self._client is not None:
+            self._client.check_deadlines(time.monotonic())
         if self._member is not None:
             busy |= self._member.turn()
             self._send_outputs(self._member.take_outputs())
@@ -103,7 +107,8 @@ class RankEngine:
 
     def leftovers(self) -> dict[str, int]:
         """What this rank holds for requests; all zero when there are none."""
-        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending)}
+        asked = 0 if self._client is None else self._client.pending
+        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending) + asked}
         if self._member is not None:
             held["sequences"] = self._member.num_sequences
             if self._member.scheduler is not None:
@@ -167,9 +172,9 @@ class RankEngine:
                     self._link.post(frame.header.sender, refusal)
             case Kind.PLAN:
                 self._require_member().receive_plan(frame)
-            case Kind.NOT_HERE:
-                header = frame.header
-                raise ProtocolError(f"rank {header.sender} does not host what it was asked for in layer {header.layer}")
+            case Kind.ANSWER | Kind.NOT_HERE:
+                if self._client is not None:
+                    self._client.receive(frame)
             case _:
                 self._mailbox.deliver(frame)
 
@@ -211,6 +216,10 @@ class RankEngine:
         if self._client is not None:
             counters["dispatch_bytes"] = self._client.stats.bytes_sent
             counters["dispatch_seconds"] = self._client.stats.seconds
+            counters["expert_calls_repeated:late"] = self._client.stats.hedged
+            counters["expert_calls_repeated:gone"] = self._client.stats.rerouted
+            counters["expert_answers_dropped:late"] = self._client.stats.late_answers
+            counters["expert_answers_dropped:double"] = self._client.stats.double_answers
         if self._member is not None:
             counters["steps"] = self._member.num_steps
             if self._member.scheduler is not None:
