@@ -5,6 +5,7 @@ Legend: T rows, S slots = (row, expert) pairs, H hidden, W width of an expert, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -141,6 +142,26 @@ class PackedExperts:
                 panels.pack_into(self._data[slot, self._starts[i] :], weight, self._strides[i])
             else:
                 self._weights[i][slot].copy_(weight)
+
+    def load_files(
+        self, slots: Sequence[int], places: Sequence[panels.FileWeight], scales: Sequence[Weights] | None = None
+    ) -> list[int]:
+        """Experts straight from files into their slots, without Python in between: `places` of gate, up and down of
+        one after the other, as their dtype is held; `scales` as for `load`. Returns the weights' checksums. CPU only.
+
+        Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
+        """
+        assert self.is_native
+        assert (scales is None) == (self.block is None)
+        if scales is not None:
+            for slot, of_expert in zip(slots, scales, strict=True):
+                for i, scale_inv in enumerate(of_expert):
+                    self._load_scale(slot, i, scale_inv)
+        wanted = [
+            (place, self._shapes[i % 3], self._data[slots[i // 3], self._starts[i % 3] :], self._strides[i % 3])
+            for i, place in enumerate(places)
+        ]
+        return panels.load_files(wanted, self.dtype)
 
     def _load_scale(self, slot: int, i: int, scale_inv: torch.Tensor) -> None:
         scale = self._block_scale(scale_inv.float())
