@@ -12,6 +12,7 @@ import torch
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
+from moemesh.checksums import Checksums
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
 from moemesh.model_loader import ModelLoader
@@ -69,8 +70,10 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
     link = _connect(rank, mesh, bell, trace)
     config = load_model_config(options.model_folder)
     placement = placement_of(config, mesh)
+    checksums = Checksums()
+    checksums.learn(place.run.all_checksums())
     model = ModelLoader(
-        Checkpoint(options.model_folder, config),
+        Checkpoint(options.model_folder, config, checksums),
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -79,6 +82,7 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
         quantization=quantization(options),
         report=_Reporter(control, rank).report,
     ).load()
+    checksums.save(place.run.checksums(rank))
     idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
     engine = build_rank(model, mesh, placement, link=link, control=control, device=device, idle=idle, trace=trace)
     control.send(messages.Ready(rank=rank, num_blocks=mesh.num_cache_blocks or 0))
