@@ -44,17 +44,16 @@ class ExpertBank:
         assert self.local_slot_E[expert] == NOT_HERE, f"expert {expert} is resident already"
         self.local_slot_E[expert] = slot
 
-    def free(self, slot: int) -> None:
-        """A slot that was reserved is not needed."""
-        self.packed.unload(slot)
-        self._free.append(slot)
-
-    def drop(self, expert: int) -> None:
-        """The expert is resident no longer, and takes no memory."""
+    def drop(self, expert: int) -> int:
+        """The expert is resident no longer: its slot, to be unloaded and freed."""
         slot = int(self.local_slot_E[expert])
         assert slot != NOT_HERE, f"expert {expert} is not resident"
         self.local_slot_E[expert] = NOT_HERE
-        self.free(slot)
+        return slot
+
+    def free(self, slot: int) -> None:
+        """A slot that was reserved, or whose expert was dropped, is unloaded and may be reserved again."""
+        self._free.append(slot)
 
     def compute(self, call: ExpertCall) -> Tensor:
         """Expert outputs float32 [S, H], in the call's slot order. Raises ValueError for one that is not resident."""

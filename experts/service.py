@@ -133,10 +133,18 @@ class ExpertService:
         """Queue a call of this rank's own attention."""
         self._enqueue(local.layer, _Waiting(call=local.call, weights=local.weights, local=local))
 
+    def bank(self, layer: int) -> ExpertBank | None:
+        """The experts of a layer that are here; None where the layer has no bank."""
+        return self._banks.get(layer)
+
     def host(self, layer: int, bank: ExpertBank) -> None:
         """Answer for the experts of a layer of which this rank had none."""
         assert layer not in self._banks, f"layer {layer} has a bank, which takes more experts in itself"
         self._banks[layer] = bank
+
+    def waits_for(self, layer: int) -> bool:
+        """Whether calls of a layer wait to be computed: none of its experts may be dropped then."""
+        return layer in self._queues
 
     def count_whole(self, num_tokens: int) -> None:
         """Count tokens that the only rank of a mesh has led through all its layers at once, without a call."""
