@@ -114,6 +114,11 @@ class GroupMember:
             self._task = None
         return advanced
 
+    def abandon(self) -> None:
+        """The generation is over, and with it the step under way."""
+        if self._task is not None:
+            self._task.abandon()
+
     def _begin(self) -> bool:
         if self.scheduler is not None:
             plan = self.scheduler.schedule() or self.scheduler.release_plan()

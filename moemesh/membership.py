@@ -24,6 +24,7 @@ from moemesh.membership_records import (
     GroupView,
     Heartbeat,
     HelloSeen,
+    HostingSeen,
     Instruction,
     Kill,
     Look,
@@ -69,7 +70,8 @@ class Membership:
 
     def __init__(self, mesh: MeshConfig, placement: Placement, settings: MembershipSettings) -> None:
         self._mesh = mesh
-        self._placement = placement
+        self.placement = placement
+        """Which living rank hosts what."""
         self._settings = settings
         self._ranks = [RankRecord(rank=rank) for rank in range(mesh.num_ranks)]
         self._groups = [GroupView(generation=0, members=members) for members in mesh.groups]
@@ -125,10 +127,15 @@ class Membership:
             if view.members and all(self._ranks[member].living for member in view.members)
         )
 
+    def expert_hosts(self) -> tuple[int, ...]:
+        """Ranks that may host experts and are not lost."""
+        return tuple(rank for rank in self._mesh.expert_ranks if self._ranks[rank].state not in ("dead", "joining"))
+
     def missing_experts(self) -> tuple[int, ...]:
-        """Ranks that serve nothing now and host experts that nobody else has."""
-        hosts = {rank for layer in self._placement.moe_layers for rank in self._placement.ranks_of(layer)}
-        return tuple(sorted(rank for rank in hosts if not self._ranks[rank].living))
+        """Ranks that are lost and hosted experts that nobody else has."""
+        lost = [rank for rank in self._mesh.expert_ranks if not self._ranks[rank].living]
+        nowhere = any(not hosts for layer in self.placement.moe_layers for hosts in self.placement.hosts_of(layer))
+        return tuple(lost) if nowhere else ()
 
     # --- events
 
@@ -155,6 +162,8 @@ class Membership:
             case RankFailed(life, error) if self.is_present(life):
                 self._die(self._ranks[life.rank], error, now)
                 self._kill(self._ranks[life.rank], now)
+            case HostingSeen(life, experts) if self.is_present(life) and self._ranks[life.rank].state != "dead":
+                self._place(self.placement.hosting(life.rank, experts))
             case SpawnFailed(life, error) if self.is_present(life):
                 self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
         return self._conclude()
@@ -287,6 +296,12 @@ class Membership:
         record.failures += 1
         record.retry_at = now + min(delay, settings.longest_backoff)
         self._move(record, "dead", reason, now)
+        if self.placement.experts_of(record.rank):
+            self._place(self.placement.without({record.rank}))
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._changed = True
 
     def _move(self, record: RankRecord, state: RankState, reason: str, now: float) -> None:
         before = record.state
@@ -305,7 +320,7 @@ class Membership:
             for group, view in enumerate(self._groups):
                 self._follow(group, view)
             self._epoch += 1
-            self._out.append(PublishView(self.view))
+            self._out.append(PublishView(self.view, self.placement))
             self._changed = False
         self._check_hope()
         out, self._out = self._out, []

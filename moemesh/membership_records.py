@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mesh_config.placement import Placement
 from transport.life import Life
 
 RankState = Literal["loading", "up", "suspect", "dead", "joining"]
@@ -117,6 +119,14 @@ class RankFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class HostingSeen:
+    """The rank can answer for these experts of each layer, whether or not it could before."""
+
+    life: Life
+    experts: Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class SpawnFailed:
     """The process of a life that was to begin could not be started."""
 
@@ -138,6 +148,7 @@ Event = (
     | ProcessEnded
     | ProcessSeen
     | RankFailed
+    | HostingSeen
     | SpawnFailed
     | Tick
 )
@@ -148,9 +159,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class PublishView:
-    """Tell every rank that serves or joins."""
+    """Tell every rank that serves."""
 
     view: View
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)

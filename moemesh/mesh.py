@@ -59,6 +59,7 @@ async def running_mesh(
         model_config=plan.model,
         mesh=plan.mesh,
         placement=plan.placement,
+        expert_bytes=plan.expert_bytes,
         settings=_settings(options),
         limits=_limits(options, plan.mesh),
         metrics=metrics,

@@ -20,6 +20,7 @@ from moemesh.membership_records import (
     FailMesh,
     Heartbeat,
     HelloSeen,
+    HostingSeen,
     Instruction,
     Kill,
     Look,
@@ -79,6 +80,7 @@ class MeshControl:
         *,
         mesh: MeshConfig,
         placement: Placement,
+        expert_bytes: int,
         settings: MembershipSettings,
         metrics: Metrics,
         frontend_pid: int,
@@ -89,10 +91,11 @@ class MeshControl:
         self._metrics = metrics
         self._watch = ProcessWatch(self.tell)
         self._events: deque[Event] = deque()
+        self._placed: dict[Life, int] = {}
         self._stopping = False
         self._respawns: asyncio.Queue[Life] = asyncio.Queue()
         self.membership = Membership(mesh, placement, settings)
-        self.view = MeshView(mesh, placement, self.membership, frontend_pid=frontend_pid)
+        self.view = MeshView(mesh, self.membership, expert_bytes=expert_bytes, frontend_pid=frontend_pid)
 
     def close(self) -> None:
         """Watch nobody any more."""
@@ -116,6 +119,8 @@ class MeshControl:
                 self.tell(ReadySeen(life))
             case messages.Failed(error=error):
                 self.tell(RankFailed(life, error))
+            case messages.Hosting(experts=experts):
+                self.tell(HostingSeen(life, experts))
             case messages.PeerReport(peer=peer, incarnation=incarnation, evidence=evidence):
                 kind = PeerLost if evidence == "failed" else PeerLate
                 self.tell(kind(life, Life(peer, incarnation)))
@@ -178,8 +183,8 @@ class MeshControl:
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case PublishView(view):
-                self._publish(view)
+            case PublishView(view, placement):
+                self._publish(view, placement)
             case Transition():
                 self._note_transition(instruction)
             case RestartGroup(group, reason):
@@ -201,7 +206,7 @@ class MeshControl:
             case Note(text):
                 logger.warning("%s", text)
 
-    def _publish(self, view: View) -> None:
+    def _publish(self, view: View, placement: Placement) -> None:
         self._metrics.epoch.set(view.epoch)
         message = messages.View(
             epoch=view.epoch,
@@ -209,9 +214,14 @@ class MeshControl:
             states=[record.state for record in view.ranks],
             groups=[messages.GroupMembers(group.generation, list(group.members)) for group in view.groups],
         )
-        for rank, record in enumerate(view.ranks):
-            if record.state in LIVING:
-                self.send(Life(rank, record.incarnation), message)
+        hosts = {layer: [list(ranks) for ranks in placement.hosts_of(layer)] for layer in placement.moe_layers}
+        for rank in view.living():
+            life = Life(rank, view.ranks[rank].incarnation)
+            # Everybody plans the first placement alike.
+            if self._placed.get(life, 0) != placement.version:
+                self._placed[life] = placement.version
+                self.send(life, messages.Place(placement.version, hosts))
+            self.send(life, message)
         self._listener.mesh_changed()
 
     def _note_transition(self, change: Transition) -> None:

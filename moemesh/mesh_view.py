@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
-from mesh_config.placement import Placement
 from moemesh.membership import Membership
 from transport import messages
 
@@ -29,13 +29,14 @@ class RankFacts:
 class MeshView:
     """The facts of each rank, beside the state that membership gives it."""
 
-    def __init__(self, mesh: MeshConfig, placement: Placement, membership: Membership, *, frontend_pid: int) -> None:
+    def __init__(self, mesh: MeshConfig, membership: Membership, *, expert_bytes: int, frontend_pid: int) -> None:
         self._mesh = mesh
-        self._placement = placement
         self._membership = membership
+        self._expert_bytes = expert_bytes
         self._frontend_pid = frontend_pid
         self._ranks = {rank: RankFacts(rank=rank) for rank in range(mesh.num_ranks)}
-        self._expert_load = {layer: [0] * len(placement.ranks_of(layer)) for layer in placement.moe_layers}
+        placement = membership.placement
+        self._expert_load = {layer: [0] * len(placement.hosts_of(layer)) for layer in placement.moe_layers}
 
     def known_ranks(self) -> list[int]:
         """Ranks that have said hello."""
@@ -86,21 +87,24 @@ class MeshView:
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `/mesh`."""
-        view = self._membership.view
+        view, placement = self._membership.view, self._membership.placement
+        losses = coverage(placement, self._membership.expert_hosts(), expert_bytes=self._expert_bytes)
         return {
             "epoch": view.epoch,
             "frontend_pid": self._frontend_pid,
-            "ranks": [self._describe_rank(rank) for rank in self._ranks],
+            "ranks": [self._describe_rank(rank, losses.get(rank, NO_LOSS)) for rank in self._ranks],
             "attention_groups": [list(group) for group in self._mesh.groups],
             "groups": [{"generation": group.generation, "members": list(group.members)} for group in view.groups],
             "placement": {
-                "version": self._placement.version,
-                "experts": {str(layer): list(self._placement.ranks_of(layer)) for layer in self._placement.moe_layers},
+                "version": placement.version,
+                "experts": {
+                    str(layer): [list(hosts) for hosts in placement.hosts_of(layer)] for layer in placement.moe_layers
+                },
             },
             "expert_load": {str(layer): list(counts) for layer, counts in self._expert_load.items()},
         }
 
-    def _describe_rank(self, rank: int) -> dict[str, Any]:
+    def _describe_rank(self, rank: int, loss: Loss) -> dict[str, Any]:
         facts, record = self._ranks[rank], self._membership.view.ranks[rank]
         return {
             "rank": rank,
@@ -114,4 +118,10 @@ class MeshView:
             "threads": facts.num_threads,
             "instruction_set": facts.isa,
             "cache_blocks": facts.num_blocks,
+            "loss": {
+                "cover": loss.cover,
+                "experts_without_replica": loss.alone,
+                "reload_bytes": loss.num_bytes,
+                "reload_seconds": loss.seconds,
+            },
         }

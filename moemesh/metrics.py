@@ -39,6 +39,14 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
     "dispatch_seconds": RankSeries(
         "moemesh_dispatch_seconds", "Time from sending tokens to their experts until all answers were there."
     ),
+    "expert_calls_repeated": RankSeries(
+        "moemesh_expert_calls_repeated",
+        "Calls sent again because an answer was late, or the rank gone or without the expert.",
+        "cause",
+    ),
+    "expert_answers_dropped": RankSeries(
+        "moemesh_expert_answers_dropped", "Answers that came after their call was over, or twice.", "cause"
+    ),
     "frames_sent": RankSeries("moemesh_frames_sent", "Frames this rank posted to other ranks, by kind.", "kind"),
     "bytes_sent": RankSeries("moemesh_bytes_sent", "Bytes this rank posted to other ranks."),
     "steps": RankSeries("moemesh_steps", "Forward passes that this rank took part in."),

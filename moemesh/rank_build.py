@@ -85,6 +85,7 @@ def build_rank(
         experts=parts.experts,
         client=client,
         load=parts.load,
+        placement=placement,
         make_member=make_member,
         group=mesh.group_of(link.rank),
         num_blocks=mesh.num_cache_blocks or 0,
@@ -97,18 +98,15 @@ def _hold(model: RankModel, mesh: MeshConfig, *, crowded: bool) -> HoldRule | No
     if mesh.expert_hold == "off" or (mesh.expert_hold == "auto" and not crowded) or not model.banks:
         return None
     num_resident = max(bank.num_resident for bank in model.banks.values())
-    return HoldRule(sorted(model.banks), num_resident, patient=crowded)
+    return HoldRule(model.config.moe_layers, num_resident, patient=crowded)
 
 
 def _client(parts: _Parts) -> ExpertClient:
-    tables = {
-        layer: torch.tensor(parts.placement.ranks_of(layer), dtype=torch.int32) for layer in parts.placement.moe_layers
-    }
     return ExpertClient(
         parts.link,
-        parts.mailbox,
         parts.experts,
-        rank_of_expert=tables,
+        placement=parts.placement,
+        living=dict.fromkeys(range(parts.mesh.num_ranks), 0),
         compact=parts.mesh.combine == "compact",
         trace=parts.trace,
     )

@@ -8,16 +8,18 @@ Expert calls come before the rank's own step: they never wait for anybody, hence
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import kernels
 from experts import ExpertClient, ExpertService, answer_frame
 from gating import ExpertLoad
 from mesh_config.model_config import ModelConfig
+from mesh_config.placement import Placement
 from moemesh.group_member import GroupMember
 from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
+from moemesh.membership_records import LIVING
 from moemesh.sampling_params import SamplingParams
 from moemesh.sequence import Sequence, SequenceOutput
 from transport import messages
@@ -28,6 +30,7 @@ from transport.links import Link
 from transport.mailbox import Mailbox
 
 STATS_SECONDS = 0.5
+_MEMBERS = LIVING | {"loading"}
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class RankEngine:
         experts: ExpertService,
         client: ExpertClient | None,
         load: ExpertLoad,
+        placement: Placement,
         make_member: Callable[[int], GroupMember] | None,
         group: int | None,
         num_blocks: int,
@@ -90,7 +94,11 @@ class RankEngine:
         self._num_blocks = num_blocks
         self._idle = idle
         self._heart = heart
+        self._placement = placement
+        self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
         self._incarnations = [0] * link.num_ranks
+        # The peers that the link talks with, each with its life.
+        self._linked = {peer: 0 for peer in range(link.num_ranks) if peer != link.rank}
         self._early_plans: list[Frame] = []
         # What the members of earlier generations have counted.
         self._past: Counter[str] = Counter()
@@ -120,7 +128,9 @@ class RankEngine:
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - time.monotonic())
         held_for = self._experts.held_for()
-        return longest if held_for is None else min(longest, held_for)
+        if held_for is not None:
+            longest = min(longest, held_for)
+        return longest if self._client is None else min(longest, max(0.0, self._client.due() - time.monotonic()))
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
@@ -128,6 +138,8 @@ class RankEngine:
         if self._link.num_ranks > 1:
             busy |= self._read_frames()
         busy |= self._answer_experts()
+        if self._client is not None:
+            self._report("late", self._client.check_deadlines(time.monotonic()))
         if self._member is not None:
             busy |= self._member.turn(may_begin=self._heart.lease_holds())
             self._send_outputs(self._member.take_outputs())
@@ -139,7 +151,8 @@ class RankEngine:
 
     def leftovers(self) -> dict[str, int]:
         """What this rank holds for requests; all zero when there are none."""
-        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending)}
+        asked = 0 if self._client is None else self._client.pending
+        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending) + asked}
         if self._member is not None:
             held["sequences"] = self._member.num_sequences
             if self._member.scheduler is not None:
@@ -154,6 +167,12 @@ class RankEngine:
                     self._submit(message)
                 case messages.Cancel(request_id=request_id):
                     self._require_member().cancel(request_id)
+                case messages.Place(version=version, hosts=hosts):
+                    self._placement = Placement(
+                        version=version,
+                        num_ranks=self._link.num_ranks,
+                        hosts={layer: tuple(map(tuple, experts)) for layer, experts in hosts.items()},
+                    )
                 case messages.View():
                     self._follow(message)
                 case messages.Readmit(incarnation=incarnation):
@@ -169,17 +188,35 @@ class RankEngine:
     def _follow(self, view: messages.View) -> None:
         """What the frontend says of the mesh. A new generation of our group begins with nothing."""
         self._incarnations = view.incarnations
+        living = {rank: view.incarnations[rank] for rank, state in enumerate(view.states) if state in _MEMBERS}
+        self._link_with(living)
+        news = (self._placement.version, living)
+        if self._client is not None and news != self._followed:
+            self._client.follow(self._placement, living)
+        self._followed = news
         if self._group is None or self._member is None or self._make_member is None:
             return
         generation = view.groups[self._group].generation
         if generation == self._member.generation:
             return
         self._past.update(_member_counters(self._member))
+        self._member.abandon()
         self._member = self._make_member(generation)
         self._mailbox.discard(generation)
         early, self._early_plans = self._early_plans, []
         for frame in early:
             self._receive_plan(frame)
+
+    def _link_with(self, living: Mapping[int, int]) -> None:
+        """Talk with these lives of our peers, and with no others."""
+        for peer, incarnation in list(self._linked.items()):
+            if living.get(peer) != incarnation:
+                self._link.forget(peer)
+                del self._linked[peer]
+        for peer, incarnation in living.items():
+            if peer != self._link.rank and peer not in self._linked:
+                self._link.admit(peer, incarnation)
+                self._linked[peer] = incarnation
 
     def _begin_life(self, incarnation: int) -> None:
         """We had been given up. The next view begins a new generation of our group, and that drops its sequences."""
@@ -187,6 +224,8 @@ class RankEngine:
         life = Life(self._link.rank, incarnation)
         self._control.begin_life(life)
         self._heart.begin_life(life)
+        self._link.renew(incarnation)
+        self._control.send(messages.Hosting(self._experts.hosted()))
         self.announce()
 
     def _submit(self, message: messages.Submit) -> None:
@@ -217,9 +256,16 @@ class RankEngine:
         frames = self._link.poll()
         for frame in frames:
             self._route(frame)
-        for peer in self._link.take_lost():
-            self._control.send(messages.PeerReport(peer, self._incarnations[peer], "failed"))
+        lost = self._link.take_lost()
+        if lost and self._client is not None:
+            for peer in lost:
+                self._client.suspect(peer)
+        self._report("failed", lost)
         return bool(frames)
+
+    def _report(self, evidence: str, peers: Iterable[int]) -> None:
+        for peer in peers:
+            self._control.send(messages.PeerReport(peer, self._incarnations[peer], evidence))
 
     def _route(self, frame: Frame) -> None:
         match frame.header.kind:
@@ -229,9 +275,9 @@ class RankEngine:
                     self._link.post(frame.header.sender, refusal)
             case Kind.PLAN:
                 self._receive_plan(frame)
-            case Kind.NOT_HERE:
-                header = frame.header
-                raise ProtocolError(f"rank {header.sender} does not host what it was asked for in layer {header.layer}")
+            case Kind.ANSWER | Kind.NOT_HERE:
+                if self._client is not None:
+                    self._client.receive(frame)
             case _:
                 self._mailbox.deliver(frame)
 
@@ -280,6 +326,10 @@ class RankEngine:
         if self._client is not None:
             counters["dispatch_bytes"] = self._client.stats.bytes_sent
             counters["dispatch_seconds"] = self._client.stats.seconds
+            counters["expert_calls_repeated:late"] = self._client.stats.hedged
+            counters["expert_calls_repeated:gone"] = self._client.stats.rerouted
+            counters["expert_answers_dropped:late"] = self._client.stats.late_answers
+            counters["expert_answers_dropped:double"] = self._client.stats.double_answers
         if self._member is not None:
             for name, count in _member_counters(self._member).items():
                 counters[name] = self._past[name] + count

@@ -12,6 +12,7 @@ import torch
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
+from moemesh.checksums import Checksums
 from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
@@ -88,8 +89,10 @@ def _serve(
     link = _connect(rank, mesh, bell, trace)
     config = load_model_config(options.model_folder)
     placement = placement_of(config, mesh)
+    checksums = Checksums()
+    checksums.learn(place.run.all_checksums())
     model = ModelLoader(
-        Checkpoint(options.model_folder, config),
+        Checkpoint(options.model_folder, config, checksums),
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -98,6 +101,7 @@ def _serve(
         quantization=quantization(options),
         report=_Reporter(control, rank).report,
     ).load()
+    checksums.save(place.run.checksums(rank))
     idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
     engine = build_rank(
         model, mesh, placement, link=link, control=control, device=device, idle=idle, heart=heart, trace=trace

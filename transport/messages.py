@@ -79,6 +79,14 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A new placement, in force from the next View on: by layer and expert the ranks that host it, best first."""
+
+    version: int
+    hosts: dict[int, list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Readmit:
     """To a rank that was fenced and is alive: drop all sequences and go on as `incarnation`."""
 
@@ -188,6 +196,13 @@ class PeerReport:
     evidence: str
 
 
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """The experts of each layer that the rank can answer for."""
+
+    experts: dict[int, list[int]]
+
+
 Message = (
     Start
     | Submit
@@ -205,6 +220,8 @@ Message = (
     | Heard
     | Heartbeat
     | PeerReport
+    | Place
+    | Hosting
 )
 
 _TYPES: tuple[type[Any], ...] = get_args(Message)

@@ -57,7 +57,7 @@ def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
 
         assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
         assert rank_of(mesh, 1)["state"] == "dead"
-        psutil.Process(rank_of(mesh, 1)["pid"]).resume()
+        process_of(mesh, 1).resume()
         eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
         assert rank_of(mesh, 1)["incarnation"] == 1
 
@@ -66,6 +66,23 @@ def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
         assert (health.status, health.body["degraded"]) == (200, True)
         assert rank_of(mesh, 0)["state"] == "dead"
         assert mesh.total("moemesh_request_restarts_total") > 0
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
+
+
+def test_ranks_with_replicas_of_their_experts_are_stopped_and_killed() -> None:
+    """Every rank has both roles and a group of its own, every expert two hosts."""
+    every_expert_twice = ("--ranks", "4", "--attention-tp", "1", "--redundant-experts", "256", "--stop-grace", "180")
+    with running_server(*every_expert_twice, *SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
+        assert rank_of(mesh, 1)["state"] == "dead"
+        process_of(mesh, 1).resume()
+        eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 2).kill) == expected
+        assert mesh.get("/health").status == 200
         assert mesh.total("moemesh_replay_mismatch_total") == 0
         assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
 

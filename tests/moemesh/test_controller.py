@@ -101,6 +101,7 @@ async def loading(
         model_config=model,
         mesh=mesh,
         placement=placement,
+        expert_bytes=1,
         # No test here lasts as long: none of these ranks has a heart.
         settings=MembershipSettings(**({"suspect_after": 1000.0} | settings)),
         limits=AdmissionLimits(max_num_seqs=8, restart_tokens=64, max_queued_requests=2, queue_timeout=queue_timeout),

@@ -14,6 +14,7 @@ from moemesh.membership_records import (
     FailMesh,
     Heartbeat,
     HelloSeen,
+    HostingSeen,
     Instruction,
     Kill,
     Look,
@@ -41,9 +42,17 @@ T = TypeVar("T")
 class Mesh:
     """A membership with a clock, and hearts that beat unless they are `silent`."""
 
-    def __init__(self, num_ranks: int = 4, *, attention_ranks: int | None = 2, tp: int = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        num_ranks: int = 4,
+        *,
+        attention_ranks: int | None = 2,
+        tp: int = 1,
+        redundant: int = 0,
+        **settings: Any,
+    ) -> None:
         mesh = MeshConfig(num_ranks=num_ranks, attention_ranks=attention_ranks, attention_tp=tp, max_model_len=64)
-        placement = even_placement(4, (1,), mesh.expert_ranks, num_ranks)
+        placement = even_placement(4, (1,), mesh.expert_ranks, num_ranks, redundant=redundant)
         self.num_ranks = num_ranks
         self.now = 100.0
         self.silent: set[int] = set()
@@ -355,6 +364,34 @@ def test_lost_experts_without_respawn_end_the_mesh() -> None:
     mesh = Mesh(respawn=False).start()
     (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(3))))
     assert failed.reason == "rank 3, with experts that no other rank has: its process has ended"
+
+
+def test_experts_with_replicas_are_served_by_these() -> None:
+    mesh = Mesh(respawn=False, redundant=4).start()
+    before = mesh.membership.placement
+    assert {len(hosts) for hosts in before.hosts_of(1)} == {2}
+    out = mesh.tell(ProcessEnded(Life(3)))
+    assert not of(FailMesh, out)
+    (published,) = of(PublishView, out)
+    assert published.placement.hosts_of(1) == ((2,),) * 4
+    assert published.placement.version == before.version + 1
+    assert mesh.membership.missing_experts() == ()
+    assert mesh.membership.serving_groups() == (0, 1)
+    (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(2))))
+    assert "experts that no other rank has" in failed.reason
+
+
+def test_who_comes_back_hosts_what_it_says_and_is_asked_last() -> None:
+    mesh = Mesh(redundant=4).start()
+    mesh.silent = {3}
+    mesh.wait(3.0)
+    assert mesh.membership.placement.experts_of(3) == {}
+    mesh.silent = set()
+    assert of(Readmit, mesh.wait(0.2))
+    assert mesh.tell(HostingSeen(Life(3), {1: [0]})) == [], "that life is over"
+    out = mesh.tell(HostingSeen(Life(3, 1), {1: [0, 2]}), ReadySeen(Life(3, 1)))
+    assert of(PublishView, out)[-1].placement.hosts_of(1) == ((2, 3), (2,), (2, 3), (2,))
+    assert mesh.tell(HostingSeen(Life(7), {1: [0]})) == []
 
 
 def test_the_last_group_without_respawn_ends_the_mesh() -> None:

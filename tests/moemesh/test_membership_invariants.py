@@ -16,6 +16,7 @@ from moemesh.membership_records import (
     GroupView,
     Heartbeat,
     HelloSeen,
+    HostingSeen,
     Instruction,
     MembershipSettings,
     PeerLate,
@@ -50,6 +51,7 @@ class Story(RuleBasedStateMachine):
         self.membership = Membership(mesh, placement, MembershipSettings(respawn=respawn, stop_grace=grace))
         self.now = 0.0
         self.epoch = 0
+        self.placement_version = 0
         self.lives = [0] * RANKS
         self.begun: set[Life] = set()
         self.over: set[Life] = set()
@@ -72,7 +74,9 @@ class Story(RuleBasedStateMachine):
     def check(self, out: list[Instruction]) -> None:
         for instruction in out:
             match instruction:
-                case PublishView(view):
+                case PublishView(view, placement):
+                    assert placement.version >= self.placement_version
+                    self.placement_version = placement.version
                     assert view.epoch == self.epoch + 1
                     assert view == self.membership.view
                     self.epoch = view.epoch
@@ -113,6 +117,10 @@ class Story(RuleBasedStateMachine):
     def fails(self, rank: int, offset: int, kind: type[RankFailed] | type[SpawnFailed]) -> None:
         self.tell(kind(self.life(rank, offset), "no reason"))
 
+    @rule(rank=ranks, offset=offsets, experts=st.sets(st.integers(0, 3)))
+    def hosts(self, rank: int, offset: int, experts: set[int]) -> None:
+        self.tell(HostingSeen(self.life(rank, offset), {1: sorted(experts)}))
+
     @rule(rank=ranks, offset=offsets, stopped=st.booleans())
     def is_seen(self, rank: int, offset: int, stopped: bool) -> None:
         self.tell(ProcessSeen(self.life(rank, offset), stopped))
@@ -152,6 +160,11 @@ class Story(RuleBasedStateMachine):
             self.lives[rank] = record.incarnation
             believed = [life for life in range(record.incarnation + 2) if self.membership.believes(Life(rank, life))]
             assert believed == ([record.incarnation] if record.state in LIVING else [])
+
+    @invariant()
+    def the_dead_host_nothing(self) -> None:
+        for rank, record in enumerate(self.membership.view.ranks):
+            assert record.state != "dead" or not self.membership.placement.experts_of(rank)
 
     @invariant()
     def the_end_comes_once(self) -> None:

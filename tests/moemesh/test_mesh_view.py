@@ -12,7 +12,8 @@ from transport import messages
 def _view() -> MeshView:
     mesh = MeshConfig(num_ranks=3, attention_ranks=2, attention_tp=2, max_model_len=64)
     placement = even_placement(4, (1, 2), mesh.expert_ranks, 3)
-    return MeshView(mesh, placement, Membership(mesh, placement, MembershipSettings()), frontend_pid=11)
+    membership = Membership(mesh, placement, MembershipSettings())
+    return MeshView(mesh, membership, expert_bytes=10, frontend_pid=11)
 
 
 def _hello(rank: int, isa: str = "avx2") -> messages.Hello:
@@ -33,7 +34,9 @@ def test_mesh_describes_every_rank() -> None:
     assert (first["state"], first["incarnation"], first["reason"]) == ("loading", 0, "starting")
     assert (first["pid"], first["roles"], first["attention_group"]) == (None, ["attention"], 0)
     assert (last["pid"], last["roles"], last["attention_group"]) == (102, ["expert"], None)
-    assert described["placement"]["experts"] == {"1": [2] * 4, "2": [2] * 4}
+    assert [rank["loss"]["cover"] for rank in described["ranks"]] == ["none needed", "none needed", "nothing"]
+    assert last["loss"]["experts_without_replica"] == 8
+    assert described["placement"]["experts"] == {"1": [[2]] * 4, "2": [[2]] * 4}
 
 
 def test_expert_load_adds_up() -> None:

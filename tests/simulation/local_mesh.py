@@ -81,7 +81,7 @@ class LocalMesh:
     ) -> None:
         config = load_model_config(folder)
         self.mesh: MeshConfig = make_mesh(config, num_cache_blocks=num_cache_blocks, **fields)
-        placement = placement_of(config, self.mesh)
+        self.placement = placement = placement_of(config, self.mesh)
         network = LocalNetwork(self.mesh.num_ranks, seed=seed, credit_window=self.mesh.credit_window)
         checkpoint = Checkpoint(folder, config)
         self._random = None if seed is None else random.Random(seed)
@@ -149,7 +149,7 @@ class LocalMesh:
     def kill(self, rank: int) -> None:
         """The rank does nothing more, and its peers learn of it."""
         self._dead.add(rank)
-        self._network.lose(rank)
+        self._network.kill(rank, noticed_after=0.0)
 
     def turn(self) -> bool:
         """Every living engine has a turn; whether any had something to do."""

@@ -90,3 +90,24 @@ def test_a_new_generation_begins_with_nothing_whoever_hears_of_it_first(
     assert not any(mesh.results[request].ended for request in dropped)
     assert mesh.engines[0].counters()["steps"] >= before, "what was counted stays counted"
     assert_nothing_left(mesh)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_call_under_way_to_a_rank_that_dies_is_answered_by_a_replica(folder: Path, seed: int) -> None:
+    """At once when the link says so; and from the next view on nobody asks the dead any more."""
+    everywhere = {"redundant_experts": 16}
+    mesh = LocalMesh(folder, seed=seed, **SHAPE, **everywhere)
+    expected = [result.tokens for result in mesh.run([mesh.submit(prompt, PARAMS) for prompt in PROMPTS])]
+    again = [mesh.submit(prompt, PARAMS) for prompt in PROMPTS]
+    run_some(mesh, again, tokens=3)
+    mesh.kill(5)
+    run_some(mesh, again, tokens=6)
+    placement = mesh.placement.without({5})
+    place = messages.Place(
+        placement.version,
+        {layer: [list(hosts) for hosts in placement.hosts_of(layer)] for layer in placement.moe_layers},
+    )
+    for rank in range(5):
+        mesh.controls[rank].inbox += [place, view((0, [0, 1]), (0, [2, 3]), dead=5)]
+    assert [result.tokens for result in mesh.run(again)] == expected
+    assert_nothing_left(mesh, dead=5)

@@ -17,10 +17,12 @@ from transport.messages import (
     Heard,
     Heartbeat,
     Hello,
+    Hosting,
     Message,
     OutputItem,
     Outputs,
     PeerReport,
+    Place,
     Progress,
     Readmit,
     Ready,
@@ -59,6 +61,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.just(Heard()),
     st.builds(Heartbeat, INTS, st.booleans()),
     st.builds(PeerReport, INTS, INTS, TEXT),
+    st.builds(Place, INTS, st.dictionaries(st.integers(0, 60), st.lists(IDS, max_size=3), max_size=3)),
+    st.builds(Hosting, st.dictionaries(st.integers(0, 60), IDS, max_size=3)),
 )
 
 
