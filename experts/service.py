@@ -33,9 +33,13 @@ class LocalCall:
     micro_batch: int = 0
     weights: Tensor | None = None
     answer: Tensor | None = None
+    notify: Callable[[Tensor], None] | None = None
 
-    def ready(self) -> bool:
-        return self.answer is not None
+    def deliver(self, answer: Tensor) -> None:
+        """Set the answer and tell whoever wants to know."""
+        self.answer = answer
+        if self.notify is not None:
+            self.notify(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class ExpertService:
         clock: Callable[[], float] = time.monotonic,
         trace: Trace | None = None,
     ) -> None:
-        self._banks = banks
+        self._banks = dict(banks)
         self._rank = rank
         self._hold = hold
         self._clock = clock
@@ -91,6 +95,7 @@ class ExpertService:
         self._hidden = hidden
         self._device = device
         self._queues: dict[int, list[_Waiting]] = {}
+        self.placement_version = 0  # the last one that this rank has heard of
         self.stats = ServiceStats()
 
     @property
@@ -106,10 +111,10 @@ class ExpertService:
         header = frame.header
         bank = self._banks.get(header.layer)
         if bank is None:
-            return _not_here(header)
+            return self._not_here(header)
         call = expert_call(frame.tensors[:3], hidden=self._hidden, num_experts=bank.local_slot_E.shape[0])
         if call.missing(bank.local_slot_E):
-            return _not_here(header)
+            return self._not_here(header)
         weights = frame.tensors[3] if len(frame.tensors) > 3 else None
         if weights is not None and (weights.dtype is not torch.float32 or weights.shape != call.slot_row.shape):
             raise ProtocolError(
@@ -120,9 +125,30 @@ class ExpertService:
         self._enqueue(header.layer, _Waiting(call=call, weights=weights, header=header))
         return None
 
+    def _not_here(self, call: Header) -> Frame:
+        version = self.placement_version
+        return Frame(replace(call, kind=Kind.NOT_HERE, sender=self._rank, placement_version=version))
+
     def submit_local(self, local: LocalCall) -> None:
         """Queue a call of this rank's own attention."""
         self._enqueue(local.layer, _Waiting(call=local.call, weights=local.weights, local=local))
+
+    def bank(self, layer: int) -> ExpertBank | None:
+        """The experts of a layer that are here; None where the layer has no bank."""
+        return self._banks.get(layer)
+
+    def hosted(self) -> dict[int, list[int]]:
+        """The experts of each layer that can be asked for here."""
+        return {layer: list(bank.logical_experts) for layer, bank in self._banks.items() if bank.num_resident}
+
+    def host(self, layer: int, bank: ExpertBank) -> None:
+        """Answer for the experts of a layer of which this rank had none."""
+        assert layer not in self._banks, f"layer {layer} has a bank, which takes more experts in itself"
+        self._banks[layer] = bank
+
+    def waits_for(self, layer: int) -> bool:
+        """Whether calls of a layer wait to be computed: none of its experts may be dropped then."""
+        return layer in self._queues
 
     def count_whole(self, num_tokens: int) -> None:
         """Count tokens that the only rank of a mesh has led through all its layers at once, without a call."""
@@ -179,7 +205,7 @@ class ExpertService:
             if item.weights is not None:
                 answer = weighted_rows(answer, item.call, item.weights)
             if item.local is not None:
-                item.local.answer = answer
+                item.local.deliver(answer)
             if item.header is not None:
                 posted.append((item.header, answer))
         if self._trace is not None:
@@ -191,8 +217,4 @@ class ExpertService:
 
 def answer_frame(call: Header, answer: Tensor, sender: int) -> Frame:
     """The ANSWER to a DISPATCH frame: the caller's own numbers come back with it."""
-    return Frame(replace(call, kind=Kind.ANSWER, sender=sender, credits=0), (answer,))
-
-
-def _not_here(call: Header) -> Frame:
-    return Frame(replace(call, kind=Kind.NOT_HERE, credits=0))
+    return Frame(replace(call, kind=Kind.ANSWER, sender=sender), (answer,))

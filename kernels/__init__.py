@@ -3,18 +3,19 @@
 from kernels.attention import KEY_BLOCK, expanded_attention, mla_attention
 from kernels.draw import BEST, NO_TOKEN, NOT_FINITE, Draw, TokenScore
 from kernels.experts import PackedExperts, ffn, grouped_ffn
-from kernels.files import read_into
+from kernels.files import checksum, read_into
 from kernels.heads import PackedHeads, head_linear, pack_heads
 from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers
 from kernels.layout import Angles, AttentionBatch, BatchRows, Span, lay_out
 from kernels.linear import PackedLinear, embed, linear, normed_linear, pack_linear
 from kernels.mla import MlaWeights, mla, mla_attend, mla_project
-from kernels.panels import BlockScale, dequantize
+from kernels.panels import BlockScale, FileWeight, dequantize
 from kernels.quantization import INT8_BLOCK, quantize
 from kernels.room import Room
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, combine, rms_norm, rope_, tree_add
 from kernels.runtime import (
+    aside,
     force_isa,
     isa,
     native_available,
@@ -37,6 +38,7 @@ __all__ = [
     "BatchRows",
     "BlockScale",
     "Draw",
+    "FileWeight",
     "Gate",
     "Layer",
     "LayerStack",
@@ -50,6 +52,8 @@ __all__ = [
     "Span",
     "TokenScore",
     "add_rms_norm_",
+    "aside",
+    "checksum",
     "combine",
     "dequantize",
     "embed",

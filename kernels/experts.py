@@ -5,19 +5,22 @@ Legend: T rows, S slots = (row, expert) pairs, H hidden, W width of an expert, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
 from kernels import panels, reference
+from kernels.reserved import ReservedMemory
 from kernels.runtime import native, native_available, require
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PackedExperts:
-    """Memory for num_experts experts of one shape, filled one by one with `load`. The object owns its memory.
+    """Room for num_experts experts of one shape, filled one by one with `load`. The object owns its memory; on the CPU
+    a slot that is not loaded takes none. One thread may load a slot while another computes with others.
 
     gate and up are [W, H], down is [H, W]; all have one dtype. float8_e4m3fn and int8 come with scales per block.
     A dense or shared feed-forward network is the case of one expert.
@@ -49,7 +52,7 @@ class PackedExperts:
             self._allocate_panels()
         else:
             self._weights = [torch.empty((num_experts, *s), dtype=dtype, device=device) for s in self._shapes]
-            self._scales = [torch.ones((num_experts, *shape), device=device) for shape in self._scale_shapes]
+            self._scales = [torch.empty((num_experts, *shape), device=device) for shape in self._scale_shapes]
 
     @classmethod
     def empty(
@@ -72,7 +75,8 @@ class PackedExperts:
         self._starts = (0, size, panels.num_panels(self.width) * 2 * size)
         self._strides = (2 * size, 2 * size, down_size)
         self._expert_bytes = self._starts[2] + panels.num_panels(self.hidden) * down_size
-        self._data = panels.allocate(self.num_experts * self._expert_bytes).view(self.num_experts, -1)
+        self._memory = ReservedMemory(self.num_experts * self._expert_bytes)
+        self._data = self._memory.data.view(self.num_experts, -1)
         self._panel_scales = self._allocate_panel_scales()
         words: list[int] = []
         for i in range(3):
@@ -91,7 +95,9 @@ class PackedExperts:
         ]
         self._scale_samples = samples
         self._scale_starts = (0, *accumulate(sample.scales_PBW.numel() for sample in samples))
-        return torch.ones((self.num_experts, self._scale_starts[-1]))
+        floats = self._scale_starts[-1]
+        self._scale_memory = ReservedMemory(self.num_experts * floats * 4)
+        return self._scale_memory.data.view(torch.float32).view(self.num_experts, floats)
 
     def _panel_scale(self, slot: int, i: int) -> panels.PanelScale | None:
         """The scales of matrix i of one expert, a view."""
@@ -106,10 +112,17 @@ class PackedExperts:
         return panels.BlockScale(scale_inv=scale_inv, rows=self.block[0], cols=self.block[1])
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that weights and scales occupy."""
+    def expert_bytes(self) -> int:
+        """Bytes that weights and scales of one expert occupy."""
         stored = [self._data, self._panel_scales] if self.is_native else [*self._weights, *self._scales]
-        return sum(tensor.nbytes for tensor in stored)
+        return sum(tensor.nbytes for tensor in stored) // self.num_experts
+
+    def unload(self, slot: int) -> None:
+        """The expert in this slot is needed no longer: the slot takes no memory again."""
+        if self.is_native:
+            self._memory.give_back(slot * self._expert_bytes, (slot + 1) * self._expert_bytes)
+            floats = self._scale_starts[-1] * 4
+            self._scale_memory.give_back(slot * floats, (slot + 1) * floats)
 
     def load(
         self, slot: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scales: Weights | None = None
@@ -129,6 +142,26 @@ class PackedExperts:
                 panels.pack_into(self._data[slot, self._starts[i] :], weight, self._strides[i])
             else:
                 self._weights[i][slot].copy_(weight)
+
+    def load_files(
+        self, slots: Sequence[int], places: Sequence[panels.FileWeight], scales: Sequence[Weights] | None = None
+    ) -> list[int]:
+        """Experts straight from files into their slots, without Python in between: `places` of gate, up and down of
+        one after the other, as their dtype is held; `scales` as for `load`. Returns the weights' checksums. CPU only.
+
+        Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
+        """
+        assert self.is_native
+        assert (scales is None) == (self.block is None)
+        if scales is not None:
+            for slot, of_expert in zip(slots, scales, strict=True):
+                for i, scale_inv in enumerate(of_expert):
+                    self._load_scale(slot, i, scale_inv)
+        wanted = [
+            (place, self._shapes[i % 3], self._data[slots[i // 3], self._starts[i % 3] :], self._strides[i % 3])
+            for i, place in enumerate(places)
+        ]
+        return panels.load_files(wanted, self.dtype)
 
     def _load_scale(self, slot: int, i: int, scale_inv: torch.Tensor) -> None:
         scale = self._block_scale(scale_inv.float())

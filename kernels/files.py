@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from kernels import reference
 from kernels.runtime import native, native_available
 
 
@@ -26,3 +27,14 @@ def read_into(file: int, offset: int, target: torch.Tensor) -> None:
         if done == 0:
             raise EOFError(f"{target.nbytes - len(left)} of {target.nbytes} bytes are there")
         left, offset = left[done:], offset + done
+
+
+def checksum(data: torch.Tensor) -> int:
+    """A number of 64 bits that no change of any 8 bytes leaves the same: of the bytes of a contiguous CPU tensor."""
+    assert data.is_cpu
+    assert data.is_contiguous()
+    if not native_available():
+        return reference.checksum(data)
+    result = ctypes.c_uint64()
+    native.checksum(data.data_ptr(), data.nbytes, ctypes.addressof(result))
+    return result.value

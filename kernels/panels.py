@@ -5,6 +5,8 @@ Legend: N rows of a weight (outputs), K columns (inputs), P panels = ceil(N / 32
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +17,7 @@ PANEL = 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 SCALED = (torch.float8_e4m3fn, torch.int8)
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 
 
 def check_weight_dtype(dtype: torch.dtype) -> None:
@@ -36,10 +38,10 @@ def panel_bytes(num_in: int, dtype: torch.dtype) -> int:
 
 def allocate(num_bytes: int) -> torch.Tensor:
     """Uninitialised bytes, aligned and on huge pages where that is worth it (fewer TLB misses when streaming)."""
-    if num_bytes < 2 * _HUGE_PAGE or native is None:
+    if num_bytes < 2 * HUGE_PAGE or native is None:
         return torch.empty(num_bytes, dtype=torch.uint8)
-    whole = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE
+    whole = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
     data = whole[start : start + num_bytes]
     native.advise_huge_pages(data.data_ptr(), num_bytes)
     return data
@@ -62,6 +64,55 @@ def pack_into(panels: torch.Tensor, weight_NK: torch.Tensor, panel_stride: int) 
         panels.data_ptr(),
         panel_stride,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class FileWeight:
+    """Where a whole matrix lies, row by row, in an open file."""
+
+    file: int
+    offset: int
+
+
+FileTarget = tuple[FileWeight, tuple[int, int], torch.Tensor, int]
+
+
+def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
+    """Matrices from files to panels, and their checksums: of each its place, its shape [N, K], the panels that begin at
+    panels[0] and the bytes between two. One call for all of them, which needs no Python in between.
+
+    Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
+    """
+    jobs = torch.tensor(
+        [
+            (
+                place.file,
+                place.offset,
+                *shape,
+                dtype.itemsize,
+                int(dtype in _INTERLEAVED),
+                int(dtype == torch.float8_e4m3fn),
+                panels.data_ptr(),
+                stride,
+                0,
+                0,
+            )
+            for place, shape, panels, stride in weights
+        ],
+        dtype=torch.int64,
+    )  # struct FileWeight of csrc/ops.h
+    native.load(jobs.data_ptr(), len(weights))
+    outcomes = jobs[:, -2].tolist()
+    wrong = next((outcome for outcome in outcomes if outcome), None)
+    if wrong == -1:
+        raise EOFError("it ends before the weight does")
+    if wrong == -2:
+        raise ValueError("the fp8 weight contains NaN")
+    if wrong == -3:
+        raise MemoryError("there is no memory for a weight")
+    if wrong is not None:
+        raise OSError(wrong, os.strerror(wrong))
+    return [checksum & (2**64 - 1) for checksum in jobs[:, -1].tolist()]
 
 
 def unpack(panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtype, panel_stride: int) -> torch.Tensor:

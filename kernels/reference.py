@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -296,3 +297,18 @@ def tree_add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
     return tree_add([left + right for left, right in zip(parts[::2], parts[1::2], strict=True)])
+
+
+def checksum(data: torch.Tensor) -> int:
+    """Horner's scheme over the 64-bit words, a block of them at a time; the number of bytes comes last."""
+    prime, block, mask = 0x9E3779B185EBCA87, 4096, 2**64 - 1
+    padded = np.zeros(-(-data.nbytes // 8) * 8, dtype=np.uint8)
+    padded[: data.nbytes] = data.reshape(-1).view(torch.uint8).numpy()
+    words = padded.view(np.uint64)
+    powers = np.array([pow(prime, i, 2**64) for i in range(block)], dtype=np.uint64)[::-1]
+    result = 0
+    for start in range(0, words.size, block):
+        part = words[start : start + block]
+        added = int((part * powers[block - part.size :]).sum(dtype=np.uint64))
+        result = (result * pow(prime, part.size, 2**64) + added) & mask
+    return (result * prime + data.nbytes) & mask

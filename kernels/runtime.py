@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 try:
@@ -48,6 +51,18 @@ def set_num_threads(num_threads: int) -> None:
         native.set_num_threads(num_threads)
     else:
         torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within it operations of this thread run on it alone, beside those of other threads, whom they do not delay."""
+    if _NATIVE:
+        native.work_aside(True)
+    try:
+        yield
+    finally:
+        if _NATIVE:
+            native.work_aside(False)
 
 
 def num_threads() -> int:

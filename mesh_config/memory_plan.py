@@ -52,6 +52,13 @@ def cache_bytes_per_token(model: ModelConfig) -> int:
     return model.num_layers * model.latent_width * FLOAT32_BYTES
 
 
+def expert_bytes(
+    model: ModelConfig, *, weight_dtype: StoredDtype | None = None, quantization: Quantization | None = None
+) -> int:
+    """Bytes of one routed expert, in the format that `plan_memory` is told."""
+    return _sizes(model, weight_dtype, quantization).matrix(count_parameters(model).one_expert)
+
+
 def plan_memory(
     model: ModelConfig,
     mesh: MeshConfig,
@@ -70,8 +77,7 @@ def plan_memory(
     matrices but embedding and router are int8.
     """
     counts = count_parameters(model)
-    block = model.quantization if quantization is None else INT8_BLOCK
-    sizes = _WeightSizes(block, _DTYPE_BYTES[weight_dtype or model.dtype])
+    sizes = _sizes(model, weight_dtype, quantization)
     attends = "attention" in mesh.roles(rank)
     hosted = sum(len(placement.experts_on(layer, rank)) for layer in placement.moe_layers)
     experts, workspace = sizes.matrix(hosted * counts.one_expert), _workspace_bytes(model, mesh, attends=attends)
@@ -92,6 +98,11 @@ def plan_memory(
         cache=cache_tokens * cache_bytes_per_token(model),
         workspace=workspace,
     )
+
+
+def _sizes(model: ModelConfig, weight_dtype: StoredDtype | None, quantization: Quantization | None) -> _WeightSizes:
+    block = model.quantization if quantization is None else INT8_BLOCK
+    return _WeightSizes(block, _DTYPE_BYTES[weight_dtype or model.dtype])
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ class MeshConfig:
     """A mesh of `num_ranks` ranks; validated at construction, immutable.
 
     `attention_ranks` = A makes the first A ranks attention only and the others expert only; None gives every rank both
-    roles. `attention_tp` consecutive attention ranks form a group. `max_num_batched_tokens` and `max_num_seqs` bound a
-    step of one group; `max_model_len` a sequence, prompt and output together. `num_cache_blocks` per rank is None where
-    the free memory decides. `prefix_caching`: sequences with equal beginnings share the cache of these.
-    `prefill_attention`: the form that positions of a prompt take, generated ones are always absorbed.
+    roles. `attention_tp` consecutive attention ranks form a group. `redundant_experts` are copies of experts in each
+    MoE layer beyond one of each. `max_num_batched_tokens` and `max_num_seqs` bound a step of one group; `max_model_len`
+    a sequence, prompt and output together. `num_cache_blocks` per rank is None where the free memory decides.
+    `prefix_caching`: sequences with equal beginnings share the cache of these. `prefill_attention`: the form that
+    positions of a prompt take, generated ones are always absorbed.
     """
 
     num_ranks: int = 1
@@ -36,6 +37,7 @@ class MeshConfig:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 256
     num_cache_blocks: int | None = None
+    redundant_experts: int = 0
     combine: Literal["exact", "compact"] = "exact"
     expert_hold: Literal["auto", "on", "off"] = "auto"
     micro_batches: Literal["auto"] | int = "auto"
@@ -76,6 +78,8 @@ class MeshConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "credit_window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"redundant-experts = {self.redundant_experts}: at least 0 is needed")
         if self.num_cache_blocks is not None and self.num_cache_blocks < 1:
             raise ConfigError(f"num_cache_blocks = {self.num_cache_blocks}: at least 1 is needed")
 
@@ -119,6 +123,16 @@ class MeshConfig:
             raise ConfigError(
                 f"max-model-len = {self.max_model_len} is above the model's max_position_embeddings = "
                 f"{model.max_position_embeddings}: lower it"
+            )
+        self._check_redundancy(model)
+
+    def _check_redundancy(self, model: ModelConfig) -> None:
+        count = len(self.expert_ranks)
+        most = model.num_experts * (count - 1) if model.moe_layers else 0
+        if self.redundant_experts > most:
+            raise ConfigError(
+                f"redundant-experts = {self.redundant_experts}: {count} ranks can hold at most {most} further copies "
+                f"of the {model.num_experts} experts of a layer, one of each on a rank: lower it, or use more ranks"
             )
 
     def to_dict(self) -> dict[str, Any]:

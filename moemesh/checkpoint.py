@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from mesh_config import Fp8BlockConfig, ModelConfig
 from moemesh.checkpoint_index import read_index
+from moemesh.checksums import Checksums
 from moemesh.shard_file import CheckpointError, TensorInfo
 from moemesh.tensor_file import TensorFile
 from moemesh.weight_names import EMBEDDING, HEAD, SCALE_SUFFIX
@@ -45,9 +47,13 @@ class Checkpoint:
     and not served), `bytes_read` (so far, by slices).
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
-        """Reads the headers, and a head that should be tied. CheckpointError names file and tensor of what is wrong."""
+    def __init__(self, folder: str | Path, config: ModelConfig, checksums: Checksums | None = None) -> None:
+        """Reads the headers, and a head that should be tied. CheckpointError names file and tensor of what is wrong.
+
+        What is read is compared with `checksums`.
+        """
         self.folder = Path(folder)
+        self._checksums = checksums
         self.config = config
         self.bytes_read = 0
         self._files: dict[Path, TensorFile] = {}
@@ -84,6 +90,10 @@ class Checkpoint:
         sizes = (block.block_rows, block.block_cols)
         return StoredWeight(values=values, scale_inv=scale.float(), block=sizes, offset=offset)
 
+    def scale_inv(self, name: str) -> torch.Tensor:
+        """The scales alone of a whole FP8 matrix, float32."""
+        return self.tensor(name + SCALE_SUFFIX).float()
+
     def float32(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
         """Any slice of a tensor in float32; FP8 values times the scale of their block."""
         stored = self.weight(name, rows=rows, columns=columns)
@@ -95,6 +105,28 @@ class Checkpoint:
             for size, offset, block in zip(values.shape, stored.offset, stored.block, strict=True)
         )
         return values * stored.scale_inv[row_blocks][:, column_blocks]
+
+    def open_all(self) -> None:
+        """Open every file now: what is unlinked afterwards can still be read."""
+        for info in self.tensors.values():
+            self._file(info.path)
+
+    def _file(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            self._files[path] = TensorFile(path)
+        return self._files[path]
+
+    def place(self, name: str) -> kernels.FileWeight:
+        """Where a tensor lies, for whoever reads it without us; `was_read` is to be called then."""
+        info = self._info(name)
+        return self._file(info.path).place(info)
+
+    def was_read(self, name: str, checksum: int) -> None:
+        """A whole tensor was read from its `place`. CheckpointError where it is not what was read before."""
+        info = self._info(name)
+        self.bytes_read += info.nbytes
+        if self._checksums is not None:
+            self._checksums.compare(info, name, checksum)
 
     def close(self) -> None:
         """Closes the files; they are opened again when needed."""
@@ -115,9 +147,9 @@ class Checkpoint:
         for axis, part in enumerate((rows, columns)):
             if part is not None and not 0 <= part[0] <= part[1] <= info.shape[axis]:
                 raise CheckpointError((f"{info.path}: {name} has shape {list(info.shape)}, no {part} on axis {axis}",))
-        if info.path not in self._files:
-            self._files[info.path] = TensorFile(info.path)
-        tensor = self._files[info.path].read(info, rows)
+        tensor = self._file(info.path).read(info, rows)
+        if self._checksums is not None:
+            self._checksums.check(info, name, rows, tensor)
         if columns is not None:
             tensor = tensor[:, columns[0] : columns[1]]
         self.bytes_read += tensor.numel() * tensor.element_size()
@@ -173,6 +205,17 @@ class LoadLedger:
     def float32(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
         self._note(name)
         return self._checkpoint.float32(name, rows=rows, columns=columns)
+
+    def place(self, name: str) -> kernels.FileWeight:
+        self._note(name)
+        return self._checkpoint.place(name)
+
+    def was_read(self, name: str, checksum: int) -> None:
+        self._checkpoint.was_read(name, checksum)
+
+    def scale_inv(self, name: str) -> torch.Tensor:
+        self._note(name)
+        return self._checkpoint.scale_inv(name)
 
     def fill(self, parameter: str) -> None:
         """Notes that a parameter has its values. Each is filled once."""

@@ -1,4 +1,4 @@
-"""The `moemesh` command: `serve`, `generate`, `check` and the benchmarks `bench engine`, `serve`, `dispatch`.
+"""The `moemesh` command: `serve`, `generate`, `plan`, `check` and the benchmarks `bench engine`, `serve`, `dispatch`.
 
 Exit codes: 0 done, 1 it could not be done, 2 it was not understood. Either is explained in one line on stderr.
 """
@@ -18,7 +18,7 @@ from moemesh.flags import Options, OptionsError, Parser, add_flags, options_from
 from moemesh.install_check import InstallError, check_installation
 from moemesh.mpi_command import LaunchError
 from moemesh.mpi_launch import ATTACHED_FRONTEND, mpi_launch
-from moemesh.options import CheckOptions, EngineOptions, GenerateOptions, ServeOptions
+from moemesh.options import CheckOptions, EngineOptions, GenerateOptions, PlanOptions, ServeOptions
 from moemesh.run_directory import RunDirectoryError
 
 _FAILED = 1
@@ -58,6 +58,8 @@ def _run(given: list[str]) -> int:
         return _serve(parsed)
     if parsed.command == GenerateOptions.command:
         return _generate(options_from_arguments(GenerateOptions, parsed, implied={}))
+    if parsed.command == PlanOptions.command:
+        return _plan(options_from_arguments(PlanOptions, parsed, implied={}))
     if parsed.command == _BENCH:
         return _bench(parsed)
     return _check(options_from_arguments(CheckOptions, parsed, implied={}))
@@ -67,7 +69,7 @@ def _parser() -> Parser:
     parser = Parser(prog="moemesh", description="A serving mesh for DeepSeek-V3-class mixture-of-experts models.")
     parser.add_argument("--version", action="version", version=f"moemesh {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    kinds: tuple[type[Options], ...] = (ServeOptions, GenerateOptions, CheckOptions)
+    kinds: tuple[type[Options], ...] = (ServeOptions, GenerateOptions, PlanOptions, CheckOptions)
     for options in kinds:
         add_flags(commands.add_parser(options.command, help=options.summary, description=options.summary), options)
     summary = "measure a mesh, an endpoint, or the travel of tokens"
@@ -108,6 +110,14 @@ def _generate(options: GenerateOptions) -> int:
         for choice in result.outputs:
             print(choice.text or ",".join(map(str, choice.token_ids)))
     return 0
+
+
+def _plan(options: PlanOptions) -> int:
+    from moemesh.plan import plan_report
+
+    report = plan_report(options)
+    print(report)
+    return 0 if report.ok else _FAILED
 
 
 def _check(options: CheckOptions) -> int:

@@ -1,55 +1,48 @@
 """The controller: the one writer of the mesh's view, and the door through which requests reach it.
 
 It runs on the frontend's event loop beside the gateway. Ranks report over the control plane; requests go to the leader
-of the attention group that the ledger chose, and their tokens come back here.
+of the attention group that admission chose, and their tokens come back here. When a group is lost, its requests go on
+in another one, from the tokens that their clients have.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from mesh_config.mesh import MeshConfig
 from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
+from moemesh.admission import Admission, AdmissionLimits, QueueFull
 from moemesh.engine_client import (
     EngineFailed,
     EngineStatus,
-    FinishReason,
     GenerationRequest,
     InvalidRequest,
     NotReady,
     Overloaded,
-    TokenLogprob,
     TokenOutput,
 )
 from moemesh.ledger import Ledger, LedgerEntry, PrefixAffinity
+from moemesh.membership_records import TICK_SECONDS, MembershipSettings, Tick
+from moemesh.mesh_control import ControlPlane, MeshControl
 from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
 from moemesh.random_numbers import choice_seed
+from moemesh.request_messages import submit_message, token_output
 from transport import messages
-from transport.errors import Overloaded as TransportOverloaded
+from transport.life import Life
 
-MAX_REQUESTS = 4096
+MAX_LOSSES = 3
+"""Who was being computed by so many groups in a row that were lost, and got no token in between, may be the cause."""
 MAX_AFFINITY = 65536  # blocks remembered per attention group, 10 MB of names
 STALL_SECONDS = 30.0
 
-_FINISH_REASONS: dict[str | None, FinishReason | None] = {None: None, "stop": "stop", "length": "length"}
-
 logger = logging.getLogger(__name__)
-
-
-class ControlPlane(Protocol):
-    """The frontend's end of the control plane; `ControlServer` is the real one."""
-
-    def send(self, rank: int, message: messages.Message) -> None: ...
-
-    async def receive(self) -> tuple[int, messages.Message]: ...
 
 
 @dataclass(eq=False)
@@ -72,6 +65,9 @@ class Controller:
         model_config: ModelConfig,
         mesh: MeshConfig,
         placement: Placement,
+        expert_bytes: int,
+        settings: MembershipSettings,
+        limits: AdmissionLimits,
         metrics: Metrics,
         frontend_pid: int,
     ) -> None:
@@ -79,8 +75,18 @@ class Controller:
         self._model_config = model_config
         self._mesh = mesh
         self._metrics = metrics
-        self.view = MeshView(mesh, placement, frontend_pid=frontend_pid)
+        self._control = MeshControl(
+            server,
+            self,
+            mesh=mesh,
+            placement=placement,
+            expert_bytes=expert_bytes,
+            settings=settings,
+            metrics=metrics,
+            frontend_pid=frontend_pid,
+        )
         self._ledger = Ledger(len(mesh.groups), _affinity(mesh))
+        self._admission = Admission(self._ledger, limits)
         self._streams: dict[int, _Stream] = {}
         self._failure: str | None = None
         # A request without max_tokens goes on until the context ends, or the cache, where that is smaller: a sequence's
@@ -89,6 +95,11 @@ class Controller:
         self._draining = False
         self._changed = asyncio.Event()
         self._last_progress = time.monotonic()
+
+    @property
+    def view(self) -> MeshView:
+        """The ranks, as `/mesh` shows them."""
+        return self._control.view
 
     @property
     def model_config(self) -> ModelConfig:
@@ -113,13 +124,22 @@ class Controller:
             return EngineStatus(state="failed", ready=False, detail=self._failure)
         if self._draining:
             return EngineStatus(state="draining", ready=False, detail=f"draining {self.num_requests} requests")
-        if not self.view.ready:
+        membership = self._control.membership
+        if not membership.started:
             return EngineStatus(state="loading", ready=False, detail=self.view.loading_detail())
+        missing = self._missing()
+        if not self._serving_groups():
+            return EngineStatus(state="ready", ready=False, detail=f"cannot serve: {missing}", degraded=True)
         idle_for = time.monotonic() - self._last_progress
         if len(self._ledger) and idle_for > STALL_SECONDS:
             detail = f"{len(self._ledger)} requests in flight, but no step for {idle_for:.0f} s"
-            return EngineStatus(state="ready", ready=False, detail=detail)
-        return EngineStatus(state="ready", ready=True)
+            return EngineStatus(state="ready", ready=False, detail=detail, degraded=membership.degraded)
+        return EngineStatus(state="ready", ready=True, detail=missing, degraded=membership.degraded)
+
+    def _missing(self) -> str:
+        """What a degraded mesh lacks."""
+        ranks = enumerate(self._control.membership.view.ranks)
+        return "; ".join(f"rank {rank} is {record.state}: {record.reason}" for rank, record in ranks if record.reason)
 
     def mesh(self) -> dict[str, Any]:
         return self.view.describe()
@@ -150,18 +170,22 @@ class Controller:
     def _forget(self, request_id: int) -> None:
         self._streams.pop(request_id, None)
         self._ledger.close(request_id)
+        self._admission.forget(request_id)
+        self._give_out()
         self._notify()
 
     def _cancel(self, entry: LedgerEntry) -> None:
-        with contextlib.suppress(TransportOverloaded):  # a rank that is gone computes nothing
-            self._server.send(self._mesh.groups[entry.group][0], messages.Cancel(request_id=entry.request_id))
+        if entry.group is not None:
+            self._control.send_leader(entry.group, messages.Cancel(request_id=entry.request_id))
 
     def _admit(self, request: GenerationRequest) -> _Stream:
         status = self.status()
         if status.state != "ready":
             raise NotReady(f"the mesh takes no requests: {status.detail}")
-        if len(self._ledger) >= MAX_REQUESTS:
-            raise Overloaded(f"{len(self._ledger)} requests are in flight, at most {MAX_REQUESTS} are taken")
+        try:
+            self._admission.check_room(len(request.prompt_token_ids))
+        except QueueFull as error:
+            raise Overloaded(str(error)) from None
         params = request.params
         room = self._longest - len(request.prompt_token_ids)
         max_new = max(0, room) if params.max_tokens is None else params.max_tokens
@@ -173,68 +197,111 @@ class Controller:
         if len(self._ledger) == 1:
             self._last_progress = time.monotonic()
         stream = self._streams[entry.request_id] = _Stream(entry)
-        try:
-            self._server.send(self._mesh.groups[entry.group][0], _submit(entry))
-        except TransportOverloaded as error:
-            self._forget(entry.request_id)
-            raise Overloaded(f"the mesh takes no more requests now: {error}") from error
+        self._admission.enter(entry, time.monotonic())
+        self._give_out()
         return stream
+
+    def _serving_groups(self) -> tuple[int, ...]:
+        """Groups that can compute: none of them can while experts are missing."""
+        membership = self._control.membership
+        return () if membership.missing_experts() else membership.serving_groups()
+
+    def _give_out(self) -> None:
+        """Send what waits to the groups that have room."""
+        if not self._admission.num_waiting:
+            return
+        for entry in self._admission.take(self._serving_groups()):
+            assert entry.group is not None
+            if not self._control.send_leader(entry.group, submit_message(entry)):
+                self._admission.put_back(entry)  # the next tick tries again
+                return
+            if entry.restarting:
+                self._metrics.restarts.inc()
+
+    def _turn_away(self) -> None:
+        for entry in self._admission.expired(time.monotonic()):
+            self._admission.forget(entry.request_id)
+            self._end(entry.request_id, Overloaded("the request has waited for too long for its turn"))
 
     # --- reports of the ranks
 
     async def run(self) -> None:
         """Serve the control plane until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen())
+                group.create_task(self._watch_time())
+        finally:
+            self._control.close()
+
+    async def _listen(self) -> None:
         while True:
-            _, message = await self._server.receive()
-            self._handle(message)
+            self._handle(*await self._server.receive())
 
-    def _handle(self, message: messages.Message) -> None:
-        match message:
-            case messages.Outputs(items=items):
-                self._last_progress = time.monotonic()
-                for item in items:
-                    self._deliver(item)
-            case messages.Stats(rank=rank, counters=counters, expert_load=expert_load):
-                self.view.note_expert_load(expert_load)
-                if self.view.note_steps(rank, counters.get("steps", 0.0)):
-                    self._last_progress = time.monotonic()
-                self._metrics.ranks.update(rank, counters)
-            case messages.Hello(rank=rank):
-                self.view.note_hello(message)
-                self._start(rank)
-            case messages.Progress(rank=rank, stage=stage, done=done, total=total):
-                self.view.note_progress(rank, stage, done, total)
-            case messages.Ready(rank=rank, num_blocks=num_blocks):
-                self.view.note_ready(rank, num_blocks)
-                self._metrics.set_rank_up(rank, True)
-                self._metrics.epoch.set(self.view.epoch)
-                self._notify()
-            case messages.Failed(rank=rank, error=error):
-                self.view.note_failed(rank)
-                self._metrics.set_rank_up(rank, False)
-                self._metrics.epoch.set(self.view.epoch)
-                self.fail(f"rank {rank}: {error}")
-            case _:
-                logger.warning("a rank sent a %s, which only the frontend sends", type(message).__name__)
+    async def _watch_time(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._control.tell(Tick())
+            self._turn_away()
+            self._give_out()
 
-    def _start(self, rank: int) -> None:
-        """Give a rank the plan it loads by, unless its arithmetic differs from the others'."""
-        sets = self.view.instruction_sets()
-        if len(set(sets.values())) > 1:
-            self.fail(f"ranks differ in their instruction set ({sets}): tokens would depend on where they are computed")
-            return
-        self._server.send(rank, messages.Start(config=self._mesh.to_dict()))
-
-    def _deliver(self, item: messages.OutputItem) -> None:
-        entry, stream = self._ledger.get(item.request_id), self._streams.get(item.request_id)
-        if entry is None or stream is None:
-            return  # it was cancelled while its last tokens were under way
-        if item.error is not None:
-            stream.failure = InvalidRequest(item.error) if item.refused else EngineFailed(item.error)
+    def _handle(self, life: Life, message: messages.Message) -> None:
+        if not isinstance(message, messages.Outputs | messages.Stats):
+            self._control.hear(life, message)
+        elif not self._control.membership.believes(life):
+            self._metrics.stale_messages.inc()
+        elif isinstance(message, messages.Outputs):
+            self._last_progress = time.monotonic()
+            group = self._mesh.group_of(life.rank)
+            for item in message.items:
+                self._deliver(item, group)
         else:
-            known = self._ledger.accept(item.request_id, item.position - len(entry.prompt), item.token_ids)
-            stream.outputs.append(_token_output(item, known, entry))
+            self.view.note_expert_load(message.expert_load)
+            if self.view.note_steps(life.rank, message.counters.get("steps", 0.0)):
+                self._last_progress = time.monotonic()
+            self._metrics.ranks.update(life.rank, message.counters, incarnation=life.incarnation)
+
+    def _deliver(self, item: messages.OutputItem, group: int | None) -> None:
+        entry, stream = self._ledger.get(item.request_id), self._streams.get(item.request_id)
+        if entry is None or stream is None or entry.group != group:
+            return  # cancelled, or given to another group, while its last tokens were under way
+        if item.error is not None:
+            self._end(item.request_id, InvalidRequest(item.error) if item.refused else EngineFailed(item.error))
+            return
+        restarting, mismatches = entry.restarting, self._ledger.replay_mismatches
+        known = self._ledger.accept(item.request_id, item.position - len(entry.prompt), item.token_ids)
+        self._metrics.replay_mismatch.inc(self._ledger.replay_mismatches - mismatches)
+        stream.outputs.append(token_output(item, known))
         stream.arrived.set()
+        if restarting and not entry.restarting:
+            self._give_out()  # the next one's turn to begin again
+
+    def _end(self, request_id: int, error: Exception) -> None:
+        stream = self._streams[request_id]
+        stream.failure = error
+        stream.arrived.set()
+
+    # --- MeshListener
+
+    def group_lost(self, group: int, reason: str) -> None:
+        """See MeshListener."""
+        lost = self._ledger.lose(group)
+        if lost:
+            logger.warning("%d requests of attention group %d begin again: %s", len(lost), group, reason)
+        self._admission.restart(entry for entry in lost if entry.losses < MAX_LOSSES)
+        for entry in lost:
+            if entry.losses >= MAX_LOSSES:
+                told = f"the request was being computed at each of the last {entry.losses} failures: {reason}"
+                self._end(entry.request_id, EngineFailed(told))
+
+    def mesh_failed(self, reason: str) -> None:
+        """See MeshListener."""
+        self.fail(reason)
+
+    def mesh_changed(self) -> None:
+        """See MeshListener."""
+        self._give_out()
+        self._notify()
 
     def fail(self, reason: str) -> None:
         """The mesh can serve no longer: every stream ends with an error."""
@@ -250,7 +317,7 @@ class Controller:
 
     async def wait_ready(self) -> None:
         """Until every rank has loaded. Raises EngineFailed when one cannot."""
-        await self._until(lambda: self.view.ready)
+        await self._until(lambda: self._control.membership.started)
         if self._failure is not None:
             raise EngineFailed(self._failure)
 
@@ -273,9 +340,16 @@ class Controller:
 
     def stop_ranks(self) -> None:
         """Tell every rank to end."""
-        for rank in self.view.known_ranks():
-            with contextlib.suppress(TransportOverloaded):  # it has ended already
-                self._server.send(rank, messages.Stop())
+        self._control.stop_ranks()
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the mesh goes on when its processes have been started again."""
+        return self._failure is None and self._control.membership.may_restart
+
+    async def next_life(self, ended: Life) -> Life:
+        """The only rank's process has ended: the life to start another one as, when it is time."""
+        return await self._control.next_life(ended)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds or the mesh has failed."""
@@ -294,36 +368,4 @@ def _affinity(mesh: MeshConfig) -> PrefixAffinity | None:
         return None
     return PrefixAffinity(
         len(mesh.groups), block_size=mesh.block_size, blocks_per_group=min(mesh.num_cache_blocks or 0, MAX_AFFINITY)
-    )
-
-
-def _submit(entry: LedgerEntry) -> messages.Submit:
-    return messages.Submit(
-        request_id=entry.request_id,
-        prompt=list(entry.prompt),
-        params=entry.params.to_wire(),
-        cache_salt=entry.cache_salt,
-    )
-
-
-def _token_output(item: messages.OutputItem, known: int, entry: LedgerEntry) -> TokenOutput:
-    logprobs = None if item.logprobs is None else [_logprob(wire) for wire in item.logprobs[known:]]
-    token_ids = item.token_ids[known:]
-    stopped = item.finish_reason == "stop" and bool(token_ids)
-    return TokenOutput(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=None
-        if item.prompt_logprobs is None
-        else [None if wire is None else _logprob(wire) for wire in item.prompt_logprobs],
-        finish_reason=_FINISH_REASONS[item.finish_reason],
-        stop_token=token_ids[-1] if stopped else None,
-        cached_tokens=item.cached_tokens,
-    )
-
-
-def _logprob(wire: list[Any]) -> TokenLogprob:
-    token_id, logprob, rank, top_ids, top_logprobs = wire
-    return TokenLogprob(
-        token_id=token_id, logprob=logprob, rank=rank, top_ids=tuple(top_ids), top_logprobs=tuple(top_logprobs)
     )

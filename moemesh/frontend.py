@@ -58,7 +58,7 @@ async def _serve(
         loop.add_signal_handler(number, asked_to_stop.set)
     metrics = Metrics()
     async with AsyncExitStack() as stack:
-        controller = await stack.enter_async_context(running_mesh(plan, run_directory, ranks, metrics))
+        controller = await stack.enter_async_context(running_mesh(options, plan, run_directory, ranks, metrics))
         tokenizer = load_tokenizer(options.model_folder)
         template = load_chat_template(options.model_folder, tokenizer)
         app = create_app(controller, _gateway_options(options), tokenizer, template, metrics)

@@ -46,7 +46,7 @@ class GroupMember:
         overlap: OverlapRule,
         expand_prompts: bool,
         scheduler: Scheduler | None,
-        generation: int = 0,
+        generation: int,
         clock: Callable[[], float] = time.perf_counter,
         trace: Trace | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class GroupMember:
         self._overlap = overlap
         self._expand_prompts = expand_prompts
         self.scheduler = scheduler
-        self._generation = generation
+        self.generation = generation
         self._clock = clock
         self._trace = trace
         self._mirror = PlanMirror()
@@ -103,15 +103,21 @@ class GroupMember:
         """The rank had nothing to do for so long."""
         self._waited += seconds
 
-    def turn(self) -> bool:
-        """Advance as far as possible without waiting; whether anything happened."""
-        if self._task is None and not self._begin():
+    def turn(self, *, may_begin: bool = True) -> bool:
+        """Advance as far as possible without waiting, with a new step where none is under way and one `may_begin`;
+        whether anything happened."""
+        if self._task is None and not (may_begin and self._begin()):
             return False
         assert self._task is not None
         advanced = self._task.advance()
         if self._task.done:
             self._task = None
         return advanced
+
+    def abandon(self) -> None:
+        """The generation is over, and with it the step under way."""
+        if self._task is not None:
+            self._task.abandon()
 
     def _begin(self) -> bool:
         if self.scheduler is not None:
@@ -132,7 +138,7 @@ class GroupMember:
         if not others:
             return
         payload = torch.frombuffer(bytearray(msgpack.packb(plan.to_wire())), dtype=torch.uint8)
-        header = Header(Kind.PLAN, self._link.rank, generation=self._generation, step=plan.step)
+        header = Header(Kind.PLAN, self._link.rank, generation=self.generation, step=plan.step)
         for member in others:
             self._link.post(member, Frame(header, (payload,)))
 
@@ -152,7 +158,7 @@ class GroupMember:
                 yield from self._finish_as_leader(self.scheduler, plan, batches, results)
                 seconds = self._clock() - started
                 self._overlap.note(plan.num_tokens, len(parts), seconds=seconds, waited=self._waited)
-        self._mailbox.discard(self._generation, plan.step + 1)
+        self._mailbox.discard(self.generation, plan.step + 1)
         self.num_steps += 1
         if self._trace is not None:
             self._trace.span("step", began, step=plan.step, sequences=len(plan.items))
@@ -160,7 +166,7 @@ class GroupMember:
     def _run(self, step: int, batch: MicroBatch) -> Steps[RowResults]:
         """One micro-batch; the results of the rows this member owns, sent to the leader if that is another rank."""
         lap = None if self._trace is None else self._trace.start(batch.index, step=step)
-        x_OH = yield from self._forward.run(batch, generation=self._generation, step=step)
+        x_OH = yield from self._forward.run(batch, generation=self.generation, step=step)
         if lap:
             lap("layers")
         start, stop = self._attention.owned_rows(batch.attention.num_rows)
@@ -169,7 +175,7 @@ class GroupMember:
         leader = self._members[0]
         if owned and leader != self._link.rank:
             header = Header(
-                Kind.SAMPLES, self._link.rank, generation=self._generation, step=step, micro_batch=batch.index
+                Kind.SAMPLES, self._link.rank, generation=self.generation, step=step, micro_batch=batch.index
             )
             self._link.post(leader, Frame(header, (results.to_tensor(),)))
         if lap:
@@ -198,7 +204,7 @@ class GroupMember:
             return []
         split = row_split(batch.attention.num_rows, len(self._members))
         return [
-            MailKey(Kind.SAMPLES, self._generation, step, 0, batch.index, 0, member)
+            MailKey(Kind.SAMPLES, self.generation, step, 0, batch.index, 0, member)
             for member, (start, stop) in zip(self._members[1:], split[1:], strict=True)
             if any(start <= row.row < stop for row in batch.logits_rows)
         ]

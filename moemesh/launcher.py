@@ -30,6 +30,10 @@ _SIGNALS = {int(number) for number in signal.Signals}
 class RankProcesses(Protocol):
     """The rank processes of a mesh, as the frontend sees them, whoever started them."""
 
+    def start(self, incarnation: int) -> None:
+        """Start the only rank again, as another life: the one before has ended."""
+        ...
+
     def poll(self) -> str | None:
         """None while they run; then how they ended, for the log and the user."""
         ...
@@ -62,10 +66,15 @@ class RankLauncher:
         self._keeper: subprocess.Popen[bytes] | None = None
         self._name = "the rank process"
 
-    def start(self) -> None:
-        """Start the processes; returns at once. Raises LaunchError when mpirun is missing or does not run."""
-        assert self._keeper is None, "a launcher starts once"
+    def start(self, incarnation: int = 0) -> None:
+        """Start the processes, again when they have ended; returns at once.
+
+        Raises LaunchError when mpirun is missing or does not run.
+        """
+        assert self._keeper is None or self._keeper.poll() is not None, "the processes have not ended"
         command, environment = self._command()
+        if incarnation:
+            command += ["--incarnation", str(incarnation)]
         try:
             self._keeper = subprocess.Popen(
                 module_command("moemesh.keeper", str(os.getpid()), str(self._run.path), *command),

@@ -1,10 +1,11 @@
 """The frontend's book of requests: which group computes each, and every token that has come back. Pure decisions.
 
-The ledger survives the ranks: prompt plus tokens so far is all it takes to restart a request elsewhere.
+The ledger survives the ranks: prompt plus tokens so far is all it takes to restart a request elsewhere. The draws of a
+sampled one depend on its seed and the position alone.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attention.block_hash import block_hashes, chain_root
@@ -16,21 +17,48 @@ MAX_PREFIX_BLOCKS = 1024
 
 @dataclass(kw_only=True, eq=False)
 class LedgerEntry:
-    """One request in flight. `tokens` is what the client has been given, in order."""
+    """One request in flight. `tokens` is what the client has been given, in order; `group` is None while it waits.
+
+    `losses`: how often in a row the group that computed it was lost before a token came. `restarting`: it has been
+    computed before, and nothing has come since it was given to its group.
+    """
 
     request_id: int
-    group: int
     prompt: tuple[int, ...]
     params: SamplingParams
     max_new_tokens: int
     cache_salt: str = ""
+    group: int | None = None
     tokens: list[int] = field(default_factory=list)
+    waiting_since: float = 0.0
+    losses: int = 0
+    restarting: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """What is to be computed before the next token can come."""
+        return len(self.prompt) + len(self.tokens)
 
     @property
     def outstanding_tokens(self) -> int:
         """Tokens still to be computed at most: the measure of a group's load."""
-        prompt = 0 if self.tokens else len(self.prompt)
-        return prompt + self.max_new_tokens - len(self.tokens)
+        known = self.num_tokens if self.restarting or not self.tokens else 0
+        return known + self.max_new_tokens - len(self.tokens)
+
+
+@dataclass(kw_only=True)
+class GroupLoad:
+    """What a group has to do: requests, tokens still to come at most, tokens of requests that begin again."""
+
+    requests: int = 0
+    outstanding: int = 0
+    restarting: int = 0
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Count an entry in."""
+        self.requests += 1
+        self.outstanding += entry.outstanding_tokens
+        self.restarting += entry.num_tokens if entry.restarting else 0
 
 
 class PrefixAffinity:
@@ -63,6 +91,10 @@ class PrefixAffinity:
         while len(remembered) > self._blocks_per_group:
             remembered.popitem(last=False)
 
+    def forget(self, group: int) -> None:
+        """The group's cache is empty."""
+        self._names[group].clear()
+
     def _length(self, group: int, names: Sequence[bytes]) -> int:
         remembered = self._names[group]
         return next((length for length, name in enumerate(names) if name not in remembered), len(names))
@@ -81,22 +113,15 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def entries(self) -> Iterable[LedgerEntry]:
-        return self._entries.values()
-
     def get(self, request_id: int) -> LedgerEntry | None:
         return self._entries.get(request_id)
 
     def admit(
         self, prompt: tuple[int, ...], params: SamplingParams, *, max_new_tokens: int, cache_salt: str = ""
     ) -> LedgerEntry:
-        """Open an entry in the group with the fewest outstanding tokens.
-
-        Among several the longest cached prefix wins, then the lowest group number.
-        """
+        """Open an entry, in no group yet."""
         entry = LedgerEntry(
             request_id=self._next_id,
-            group=self._choose_group(prompt, cache_salt),
             prompt=prompt,
             params=params,
             max_new_tokens=max_new_tokens,
@@ -106,18 +131,39 @@ class Ledger:
         self._entries[entry.request_id] = entry
         return entry
 
-    def _choose_group(self, prompt: tuple[int, ...], cache_salt: str) -> int:
-        load = [0] * self._num_groups
+    def loads(self) -> list[GroupLoad]:
+        """What each group has to do."""
+        loads = [GroupLoad() for _ in range(self._num_groups)]
         for entry in self._entries.values():
-            load[entry.group] += entry.outstanding_tokens
-        fewest = min(load)
-        least = [group for group in range(self._num_groups) if load[group] == fewest]
-        if self._affinity is None:
-            return least[0]
-        names = self._affinity.names(prompt, cache_salt)
-        group = self._affinity.best(least, names)
-        self._affinity.note(group, names)
-        return group
+            if entry.group is not None:
+                loads[entry.group].add(entry)
+        return loads
+
+    def assign(self, entry: LedgerEntry, groups: Sequence[int], loads: Sequence[GroupLoad]) -> int:
+        """Give an entry to that one of `groups` that has the fewest outstanding tokens, and count it in there.
+
+        Among several the longest cached prefix wins, then the lowest group number.
+        """
+        fewest = min(loads[group].outstanding for group in groups)
+        least = [group for group in groups if loads[group].outstanding == fewest]
+        entry.group = least[0]
+        if self._affinity is not None:
+            names = self._affinity.names(entry.prompt, entry.cache_salt)
+            entry.group = self._affinity.best(least, names)
+            self._affinity.note(entry.group, names)
+        loads[entry.group].add(entry)
+        return entry.group
+
+    def lose(self, group: int) -> list[LedgerEntry]:
+        """The group's cache is gone: its entries, oldest first, are in no group any more."""
+        lost = [entry for entry in self._entries.values() if entry.group == group]
+        for entry in lost:
+            entry.group = None
+            entry.losses += 1
+            entry.restarting = True
+        if self._affinity is not None:
+            self._affinity.forget(group)
+        return lost
 
     def accept(self, request_id: int, position: int, token_ids: list[int]) -> int:
         """Record tokens that came back, the first of them being the `position`-th generated one.
@@ -129,6 +175,8 @@ class Ledger:
         known = max(0, len(entry.tokens) - position)
         replayed, sent = token_ids[:known], entry.tokens[position : position + known]
         self.replay_mismatches += sum(1 for ours, theirs in zip(replayed, sent, strict=False) if ours != theirs)
+        if token_ids[known:]:
+            entry.losses, entry.restarting = 0, False
         entry.tokens.extend(token_ids[known:])
         return min(known, len(token_ids))
 

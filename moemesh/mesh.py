@@ -6,15 +6,20 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+from mesh_config import MeshConfig
+from moemesh.admission import AdmissionLimits
 from moemesh.controller import Controller
 from moemesh.launcher import RankLauncher, RankProcesses
+from moemesh.membership_records import MembershipSettings
 from moemesh.mesh_plan import MeshPlan
 from moemesh.metrics import Metrics
-from moemesh.options import EngineOptions
+from moemesh.options import EngineOptions, ServeOptions
 from moemesh.run_directory import RunDirectory
 from moemesh.trace_file import save_trace
 from transport.control import ControlServer
+from transport.life import Life
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,7 @@ async def started_mesh(options: EngineOptions, plan: MeshPlan, metrics: Metrics)
     try:
         run.write_options(options)
         ranks.start()
-        async with running_mesh(plan, run, ranks, metrics) as controller:
+        async with running_mesh(options, plan, run, ranks, metrics) as controller:
             yield controller
     finally:
         ranks.stop(STOP_GRACE_SECONDS)
@@ -41,7 +46,7 @@ async def started_mesh(options: EngineOptions, plan: MeshPlan, metrics: Metrics)
 
 @asynccontextmanager
 async def running_mesh(
-    plan: MeshPlan, run: RunDirectory, ranks: RankProcesses, metrics: Metrics
+    options: EngineOptions, plan: MeshPlan, run: RunDirectory, ranks: RankProcesses, metrics: Metrics
 ) -> AsyncIterator[Controller]:
     """The controller of a mesh whose ranks are being started; usable at once, ready when they have loaded.
 
@@ -54,6 +59,9 @@ async def running_mesh(
         model_config=plan.model,
         mesh=plan.mesh,
         placement=plan.placement,
+        expert_bytes=plan.expert_bytes,
+        settings=_settings(options),
+        limits=_limits(options, plan.mesh),
         metrics=metrics,
         frontend_pid=os.getpid(),
     )
@@ -61,6 +69,7 @@ async def running_mesh(
     watching = asyncio.create_task(_watch(ranks, controller))
     try:
         yield controller
+        watching.cancel()
         controller.stop_ranks()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
@@ -82,6 +91,34 @@ async def _supervised(controller: Controller) -> None:
 
 
 async def _watch(ranks: RankProcesses, controller: Controller) -> None:
-    ended = await ranks.wait()
-    await asyncio.sleep(LAST_WORDS_SECONDS)  # a rank that failed has said why, on a socket still to be read
-    controller.fail(ended)
+    """All rank processes have ended: a single one may be started again, and with it everything that is lost."""
+    life = Life(0)
+    while True:
+        ended = await ranks.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)  # a rank that failed has said why, on a socket still to be read
+        if not controller.may_restart:
+            controller.fail(ended)
+            return
+        life = await controller.next_life(life)
+        ranks.start(life.incarnation)
+
+
+def _settings(options: EngineOptions) -> MembershipSettings:
+    return MembershipSettings(
+        fault_tolerance=options.fault_tolerance == "on",
+        # One of several ranks cannot be replaced yet: its peers would have to let it into their MPI.
+        respawn=options.respawn == "on" and options.ranks == 1,
+        stop_grace=options.stop_grace,
+    )
+
+
+def _limits(options: EngineOptions, mesh: MeshConfig) -> AdmissionLimits:
+    unlimited = AdmissionLimits(max_num_seqs=mesh.max_num_seqs, restart_tokens=mesh.max_num_batched_tokens)
+    if not isinstance(options, ServeOptions):
+        return unlimited
+    return replace(
+        unlimited,
+        max_queued_requests=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        queue_timeout=options.queue_timeout,
+    )

@@ -1,6 +1,7 @@
 """From options to the mesh they describe, decided once, by the frontend, before anything is started or loaded."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,6 +15,7 @@ from mesh_config import (
     cache_bytes_per_token,
     check_fits,
     even_placement,
+    expert_bytes,
     load_model_config,
     make_mesh,
     plan_memory,
@@ -29,46 +31,67 @@ CACHE_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class MeshPlan:
-    """What is served, on which mesh, with which expert where. `mesh.num_cache_blocks` is decided."""
+    """What is served, on which mesh, with which expert where. `mesh.num_cache_blocks` is decided.
+
+    `expert_bytes` are those of one expert as it is held.
+    """
 
     model: ModelConfig
     mesh: MeshConfig
     placement: Placement
+    expert_bytes: int
 
 
 def plan_mesh(options: EngineOptions) -> MeshPlan:
     """Check model folder, mesh shape and memory, before any loading. Raises ConfigError or CheckpointError, with
     numbers."""
     model = load_model_config(options.model_folder)
-    _check_quantization(options, model)
-    mesh = make_mesh(
-        model,
-        num_ranks=options.ranks,
-        attention_tp=options.attention_tp,
-        attention_ranks=options.attention_ranks,
-        max_model_len=options.max_model_len,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_num_seqs=options.max_num_seqs,
-        combine=options.combine,
-        expert_hold=options.expert_hold,
-        micro_batches=options.micro_batches,
-        credit_window=options.credit_window,
-        prefix_caching=options.enable_prefix_caching,
-        prefill_attention=options.prefill_attention,
-        device=_device(options.device),
-    )
+    check_quantization(options, model)
+    mesh = mesh_of(options, model, device=_device(options.device))
     placement = placement_of(model, mesh)
     read_index(options.model_folder, model)
     mesh = replace(mesh, num_cache_blocks=_cache_blocks(options, model, mesh, placement))
     if mesh.device == "cpu":
         ranks = range(mesh.num_ranks)
         check_fits([memory_of(options, model, mesh, placement, rank) for rank in ranks], available_memory())
-    return MeshPlan(model=model, mesh=mesh, placement=placement)
+    return MeshPlan(model=model, mesh=mesh, placement=placement, expert_bytes=expert_bytes_of(options, model))
 
 
-def placement_of(model: ModelConfig, mesh: MeshConfig) -> Placement:
-    """Experts spread evenly over the ranks that host any: the same answer at every rank."""
-    return even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, mesh.num_ranks)
+def mesh_of(options: EngineOptions, model: ModelConfig, *, device: str, ranks_on_host: int | None = None) -> MeshConfig:
+    """The shape of the mesh; the size of its caches is not decided. Raises ConfigError."""
+    return make_mesh(
+        model,
+        ranks_on_host=ranks_on_host,
+        num_ranks=options.ranks,
+        attention_tp=options.attention_tp,
+        attention_ranks=options.attention_ranks,
+        max_model_len=options.max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        redundant_experts=options.redundant_experts,
+        combine=options.combine,
+        expert_hold=options.expert_hold,
+        micro_batches=options.micro_batches,
+        credit_window=options.credit_window,
+        prefix_caching=options.enable_prefix_caching,
+        prefill_attention=options.prefill_attention,
+        device=device,
+    )
+
+
+def placement_of(model: ModelConfig, mesh: MeshConfig, machine_of: Mapping[int, str] | None = None) -> Placement:
+    """Experts and their copies spread evenly over the ranks that host any: the same answer at every rank.
+
+    `machine_of` rank: see `even_placement`.
+    """
+    return even_placement(
+        model.num_experts,
+        model.moe_layers,
+        mesh.expert_ranks,
+        mesh.num_ranks,
+        redundant=mesh.redundant_experts,
+        machine_of=machine_of,
+    )
 
 
 def threads_per_rank(options: EngineOptions, ranks_on_host: int) -> int:
@@ -81,7 +104,8 @@ def quantization(options: EngineOptions) -> Quantization | None:
     return cast("Quantization | None", options.quantization)
 
 
-def _check_quantization(options: EngineOptions, model: ModelConfig) -> None:
+def check_quantization(options: EngineOptions, model: ModelConfig) -> None:
+    """ConfigError where the weights cannot be converted as asked."""
     if options.quantization is not None and model.quantization is not None:
         raise ConfigError(
             f"--quantization {options.quantization}: the checkpoint in {options.model_folder} is FP8 already, and is "
@@ -99,8 +123,18 @@ def memory_of(
     options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement, rank: int
 ) -> MemoryPlan:
     """What one rank of the planned mesh holds."""
-    held = None if options.dtype == "auto" else cast(StoredDtype, options.dtype)
-    return plan_memory(model, mesh, placement, rank, weight_dtype=held, quantization=quantization(options))
+    return plan_memory(
+        model, mesh, placement, rank, weight_dtype=_held_dtype(options), quantization=quantization(options)
+    )
+
+
+def expert_bytes_of(options: EngineOptions, model: ModelConfig) -> int:
+    """Bytes of one routed expert as it is held."""
+    return expert_bytes(model, weight_dtype=_held_dtype(options), quantization=quantization(options))
+
+
+def _held_dtype(options: EngineOptions) -> StoredDtype | None:
+    return None if options.dtype == "auto" else cast(StoredDtype, options.dtype)
 
 
 def _cache_blocks(options: EngineOptions, model: ModelConfig, mesh: MeshConfig, placement: Placement) -> int:

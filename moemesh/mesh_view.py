@@ -1,24 +1,21 @@
-"""The controller's view of the mesh: its ranks, what state each is in, and what `/mesh` says of them. No I/O."""
+"""What the ranks have said of themselves, and what `/mesh` says of them. No I/O."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
-from mesh_config.placement import Placement
+from moemesh.membership import Membership
 from transport import messages
-
-RankState = Literal["loading", "up", "dead"]
 
 
 @dataclass(kw_only=True)
-class RankRecord:
-    """What is known of one rank. `stage`, `done` and `total` describe its loading."""
+class RankFacts:
+    """What one rank has said. `stage`, `done` and `total` describe its loading."""
 
     rank: int
-    state: RankState = "loading"
     pid: int | None = None
-    incarnation: int = 0
     host: str = ""
     isa: str = ""
     num_threads: int = 0
@@ -30,55 +27,42 @@ class RankRecord:
 
 
 class MeshView:
-    """One record per rank, and the epoch that counts changes of the set of ranks that are up."""
+    """The facts of each rank, beside the state that membership gives it."""
 
-    def __init__(self, mesh: MeshConfig, placement: Placement, *, frontend_pid: int) -> None:
+    def __init__(self, mesh: MeshConfig, membership: Membership, *, expert_bytes: int, frontend_pid: int) -> None:
         self._mesh = mesh
-        self._placement = placement
+        self._membership = membership
+        self._expert_bytes = expert_bytes
         self._frontend_pid = frontend_pid
-        self.epoch = 0
-        self._ranks = {rank: RankRecord(rank=rank) for rank in range(mesh.num_ranks)}
-        self._expert_load = {layer: [0] * len(placement.ranks_of(layer)) for layer in placement.moe_layers}
-
-    @property
-    def ready(self) -> bool:
-        """Whether every rank is up."""
-        return all(record.state == "up" for record in self._ranks.values())
+        self._ranks = {rank: RankFacts(rank=rank) for rank in range(mesh.num_ranks)}
+        placement = membership.placement
+        self._expert_load = {layer: [0] * len(placement.hosts_of(layer)) for layer in placement.moe_layers}
 
     def known_ranks(self) -> list[int]:
         """Ranks that have said hello."""
-        return [rank for rank, record in self._ranks.items() if record.pid is not None]
+        return [rank for rank, facts in self._ranks.items() if facts.pid is not None]
 
     def instruction_sets(self) -> dict[int, str]:
         """Instruction set of every rank that has said hello."""
         return {rank: self._ranks[rank].isa for rank in self.known_ranks()}
 
-    def pids(self) -> dict[int, int]:
-        """Process id of every rank that has said hello."""
-        return {rank: pid for rank, record in self._ranks.items() if (pid := record.pid) is not None}
-
     def note_hello(self, hello: messages.Hello) -> None:
-        record = self._ranks[hello.rank]
-        record.pid, record.incarnation, record.host = hello.pid, hello.incarnation, hello.host
-        record.isa, record.num_threads = hello.isa, hello.num_threads
+        facts = RankFacts(rank=hello.rank, pid=hello.pid, host=hello.host)
+        facts.isa, facts.num_threads = hello.isa, hello.num_threads
+        self._ranks[hello.rank] = facts
 
     def note_progress(self, rank: int, stage: str, done: int, total: int) -> None:
-        record = self._ranks[rank]
-        record.stage, record.done, record.total = stage, done, total
+        facts = self._ranks[rank]
+        facts.stage, facts.done, facts.total = stage, done, total
 
     def note_ready(self, rank: int, num_blocks: int) -> None:
-        record = self._ranks[rank]
-        record.state, record.stage, record.num_blocks = "up", "", num_blocks
-        self.epoch += 1
-
-    def note_failed(self, rank: int) -> None:
-        self._ranks[rank].state = "dead"
-        self.epoch += 1
+        facts = self._ranks[rank]
+        facts.stage, facts.num_blocks = "", num_blocks
 
     def note_steps(self, rank: int, num_steps: float) -> bool:
         """Whether the rank has got on since it last said."""
-        record = self._ranks[rank]
-        moved, record.num_steps = num_steps != record.num_steps, num_steps
+        facts = self._ranks[rank]
+        moved, facts.num_steps = num_steps != facts.num_steps, num_steps
         return moved
 
     def note_expert_load(self, changes: Mapping[int, Sequence[int]]) -> None:
@@ -90,40 +74,54 @@ class MeshView:
 
     def loading_progress(self) -> tuple[int, int]:
         """Bytes loaded and bytes to load, over all ranks."""
-        records = self._ranks.values()
-        return sum(record.done for record in records), sum(record.total for record in records)
+        facts = self._ranks.values()
+        return sum(rank.done for rank in facts), sum(rank.total for rank in facts)
 
     def loading_detail(self) -> str:
         """One line on what is still being waited for."""
-        loading = [record for record in self._ranks.values() if record.state != "up"]
-        first = loading[0]
+        states = self._membership.view.ranks
+        loading = [rank for rank, record in enumerate(states) if record.state != "up"]
+        first = self._ranks[loading[0]]
         progress = f" {first.done}/{first.total}" if first.total else ""
-        return f"{len(loading)} of {len(self._ranks)} ranks are not up; rank {first.rank}: {first.stage}{progress}"
+        return f"{len(loading)} of {len(states)} ranks are not up; rank {first.rank}: {first.stage}{progress}"
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `/mesh`."""
+        view, placement = self._membership.view, self._membership.placement
+        losses = coverage(placement, self._membership.expert_hosts(), expert_bytes=self._expert_bytes)
         return {
-            "epoch": self.epoch,
+            "epoch": view.epoch,
             "frontend_pid": self._frontend_pid,
-            "ranks": [self._describe_rank(record) for record in self._ranks.values()],
+            "ranks": [self._describe_rank(rank, losses.get(rank, NO_LOSS)) for rank in self._ranks],
             "attention_groups": [list(group) for group in self._mesh.groups],
+            "groups": [{"generation": group.generation, "members": list(group.members)} for group in view.groups],
             "placement": {
-                "version": self._placement.version,
-                "experts": {str(layer): list(self._placement.ranks_of(layer)) for layer in self._placement.moe_layers},
+                "version": placement.version,
+                "experts": {
+                    str(layer): [list(hosts) for hosts in placement.hosts_of(layer)] for layer in placement.moe_layers
+                },
             },
             "expert_load": {str(layer): list(counts) for layer, counts in self._expert_load.items()},
         }
 
-    def _describe_rank(self, record: RankRecord) -> dict[str, Any]:
+    def _describe_rank(self, rank: int, loss: Loss) -> dict[str, Any]:
+        facts, record = self._ranks[rank], self._membership.view.ranks[rank]
         return {
-            "rank": record.rank,
-            "pid": record.pid,
+            "rank": rank,
+            "pid": facts.pid,
             "incarnation": record.incarnation,
-            "host": record.host,
-            "roles": sorted(self._mesh.roles(record.rank)),
+            "host": facts.host,
+            "roles": sorted(self._mesh.roles(rank)),
             "state": record.state,
-            "attention_group": self._mesh.group_of(record.rank),
-            "threads": record.num_threads,
-            "instruction_set": record.isa,
-            "cache_blocks": record.num_blocks,
+            "reason": record.reason,
+            "attention_group": self._mesh.group_of(rank),
+            "threads": facts.num_threads,
+            "instruction_set": facts.isa,
+            "cache_blocks": facts.num_blocks,
+            "loss": {
+                "cover": loss.cover,
+                "experts_without_replica": loss.alone,
+                "reload_bytes": loss.num_bytes,
+                "reload_seconds": loss.seconds,
+            },
         }

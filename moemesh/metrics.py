@@ -39,6 +39,14 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
     "dispatch_seconds": RankSeries(
         "moemesh_dispatch_seconds", "Time from sending tokens to their experts until all answers were there."
     ),
+    "expert_calls_repeated": RankSeries(
+        "moemesh_expert_calls_repeated",
+        "Calls sent again because an answer was late, or the rank gone or without the expert.",
+        "cause",
+    ),
+    "expert_answers_dropped": RankSeries(
+        "moemesh_expert_answers_dropped", "Answers that came after their call was over, or twice.", "cause"
+    ),
     "frames_sent": RankSeries("moemesh_frames_sent", "Frames this rank posted to other ranks, by kind.", "kind"),
     "bytes_sent": RankSeries("moemesh_bytes_sent", "Bytes this rank posted to other ranks."),
     "steps": RankSeries("moemesh_steps", "Forward passes that this rank took part in."),
@@ -86,6 +94,11 @@ class RankReports(Collector):
                     state.base[key] = state.base.get(key, 0.0) + value
             state.incarnation, state.values = incarnation, {}
         state.values.update(counters)
+
+    def rename(self, rank: int, incarnation: int) -> None:
+        """The same process counts on as another incarnation."""
+        if rank in self._ranks:
+            self._ranks[rank].incarnation = incarnation
 
     def forget_gauges(self, rank: int) -> None:
         """A dead rank runs nothing and holds no cache; what it counted stays."""
@@ -194,7 +207,21 @@ class Metrics:
             "Replayed tokens that differed from what had been sent; none was sent.",
             registry=registry,
         )
-        self.epoch = Gauge("moemesh_epoch", "Number of the membership view in force.", registry=registry)
+        self.epoch = Gauge("moemesh_membership_epoch", "Number of the membership view in force.", registry=registry)
+        self.transitions = Counter(
+            "moemesh_rank_transitions",
+            "Changes of a rank's state, by the new one: up, suspect, dead or joining.",
+            ("rank", "state"),
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "moemesh_request_restarts",
+            "Requests that were given to an attention group again, with their tokens so far.",
+            registry=registry,
+        )
+        self.stale_messages = Counter(
+            "moemesh_stale_messages", "Messages of lives of ranks that are over; none was believed.", registry=registry
+        )
         self._rank_up = Gauge("moemesh_rank_up", "1 while the rank serves, else 0.", ("rank",), registry=registry)
 
     def set_rank_up(self, rank: int, up: bool) -> None:

@@ -3,8 +3,7 @@
 Shape legend: N heads, C latent rank, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,24 +17,17 @@ from mesh_config.mesh import MeshConfig
 from mesh_config.model_shape import Quantization
 from mesh_config.placement import Placement
 from moemesh.checkpoint import Checkpoint, LoadLedger, StoredWeight
+from moemesh.ffn_loader import FfnLoader, quantized, read_quantized
 from moemesh.model import AttentionLayer, AttentionModel, RankModel
 from moemesh.weight_names import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     attention_rank_tensors,
-    expert_prefix,
     expert_tensors,
     layer_prefix,
 )
 from transport.shards import maximal_subtrees, owned_shards
-
-_STORED_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
 
 Report = Callable[[int, int], None]
 """Called with (tensors read, tensors to read) as loading goes on."""
@@ -68,6 +60,13 @@ class ModelLoader:
         self._device = device
         self._weight_dtype = weight_dtype
         self._quantized = quantization == "int8"
+        self._ffns = FfnLoader(
+            self._config,
+            checkpoint.tensors,
+            device=device,
+            weight_dtype=weight_dtype,
+            quantized=self._quantized,
+        )
         self._report = report
         self._books = LoadLedger(checkpoint, self._hosted_tensors())
 
@@ -93,59 +92,11 @@ class ModelLoader:
 
     def _load_bank(self, layer: int) -> ExpertBank:
         hosted = self._placement.experts_on(layer, self._rank)
-        prefixes = [expert_prefix(layer, expert) for expert in hosted]
-        every = [expert_prefix(layer, expert) for expert in range(self._config.num_experts)]
-        packed = self._pack_experts(prefixes, self._config.moe_intermediate_size, same_format_as=every)
-        return ExpertBank(hosted, self._config.num_experts, packed)
-
-    def _load_ffn(self, prefix: str, width: int) -> kernels.PackedExperts:
-        return self._pack_experts([prefix], width, same_format_as=[prefix])
-
-    def _pack_experts(self, prefixes: list[str], width: int, *, same_format_as: Iterable[str]) -> kernels.PackedExperts:
-        """A bank holds one format. Where the checkpoint mixes them within a layer all of it is held in float32, on
-        every rank, so that the arithmetic does not depend on who hosts what."""
-        dtype = self._common_dtype(same_format_as)
-        packed = kernels.PackedExperts.empty(
-            len(prefixes),
-            self._config.hidden_size,
-            width,
-            dtype=dtype,
-            block=self._block_of(dtype),
-            device=self._device,
-        )
-        for slot, prefix in enumerate(prefixes):
-            gate, up, down = (self._matrix(f"{prefix}{name}_proj.weight", dtype) for name in ("gate", "up", "down"))
-            scales = None
-            if gate.scale_inv is not None and up.scale_inv is not None and down.scale_inv is not None:
-                scales = (gate.scale_inv, up.scale_inv, down.scale_inv)
-            packed.load(slot, gate.values, up.values, down.values, scales=scales)
+        packed = self._ffns.expert_bank(layer, len(hosted))
+        for slot, expert in enumerate(hosted):
+            self._ffns.load_experts(packed, [slot], self._books, layer, [expert])
             self._report(*self._books.progress)
-        return packed
-
-    def _block_of(self, dtype: torch.dtype) -> tuple[int, int] | None:
-        if dtype is torch.int8:
-            return 1, kernels.INT8_BLOCK
-        block = self._config.quantization if dtype is torch.float8_e4m3fn else None
-        return None if block is None else (block.block_rows, block.block_cols)
-
-    def _common_dtype(self, prefixes: Iterable[str]) -> torch.dtype:
-        if self._quantized:
-            return torch.int8
-        names = [f"{prefix}{name}_proj.weight" for prefix in prefixes for name in ("gate", "up", "down")]
-        stored = {self._checkpoint.tensors[name].dtype for name in names}
-        if stored == {_STORED_NAMES[torch.float8_e4m3fn]}:
-            return torch.float8_e4m3fn
-        if self._weight_dtype is not None:
-            return self._weight_dtype
-        held = [dtype for dtype, name in _STORED_NAMES.items() if stored == {name}]
-        return held[0] if held else torch.float32
-
-    def _matrix(self, name: str, dtype: torch.dtype) -> StoredWeight:
-        if dtype is torch.int8:
-            return self._read_quantized(name)
-        if self._checkpoint.tensors[name].dtype == _STORED_NAMES[dtype]:
-            return self._books.weight(name)
-        return StoredWeight(values=self._books.float32(name).to(dtype))
+        return ExpertBank(hosted, self._config.num_experts, packed)
 
     # --- attention
 
@@ -160,16 +111,16 @@ class ModelLoader:
             embedding_VH=self._cast(embedding).to(self._device, copy=True),
             layers=layers,
             final_norm=self._vector(FINAL_NORM),
-            head=self._pack(_quantized(head) if self._quantized else StoredWeight(values=head)),
+            head=self._pack(quantized(head) if self._quantized else StoredWeight(values=head)),
         )
 
     def _load_layer(self, layer: int) -> AttentionLayer:
         config, prefix = self._config, layer_prefix(layer)
         moe = config.is_moe_layer(layer)
         if not moe:
-            local_ffn = self._load_ffn(f"{prefix}mlp.", config.intermediate_size)
+            local_ffn = self._ffns.ffn(self._books, f"{prefix}mlp.", config.intermediate_size)
         elif config.shared_width:
-            local_ffn = self._load_ffn(f"{prefix}mlp.shared_experts.", config.shared_width)
+            local_ffn = self._ffns.ffn(self._books, f"{prefix}mlp.shared_experts.", config.shared_width)
         else:
             local_ffn = None
         loaded = AttentionLayer(
@@ -253,22 +204,15 @@ class ModelLoader:
     def _load_output(self, name: str, subtree: tuple[int, int], heads_per_shard: int) -> kernels.PackedLinear:
         unit = heads_per_shard * self._config.v_head_dim
         columns = _scaled(subtree, unit)
-        stored = self._read_quantized(name, columns) if self._quantized else self._books.weight(name, columns=columns)
+        if self._quantized:
+            stored = read_quantized(self._books, name, self._checkpoint.tensors[name].shape[1], columns)
+        else:
+            stored = self._books.weight(name, columns=columns)
         return self._pack(stored, num_shards=subtree[1] - subtree[0])
 
     def _linear(self, name: str, *, rows: tuple[int, int] | None = None) -> kernels.PackedLinear:
         stored = self._books.weight(name, rows=rows)
-        return self._pack(_quantized(stored.values) if self._quantized else stored)
-
-    def _read_quantized(self, name: str, columns: tuple[int, int] | None = None) -> StoredWeight:
-        """A matrix, or some columns of it: then all columns of their blocks are read, which the scales depend on."""
-        num_in = self._checkpoint.tensors[name].shape[1]
-        start, stop = columns or (0, num_in)
-        block = kernels.INT8_BLOCK
-        first = start // block * block
-        whole = self._books.weight(name, columns=(first, min(num_in, -(-stop // block) * block)))
-        quantized = _quantized(whole.values)
-        return replace(quantized, values=quantized.values[:, start - first : stop - first], offset=(0, start))
+        return self._pack(quantized(stored.values) if self._quantized else stored)
 
     def _pack(self, stored: StoredWeight, *, num_shards: int = 1) -> kernels.PackedLinear:
         if stored.scale_inv is None:
@@ -294,11 +238,6 @@ class ModelLoader:
 
 def _scaled(part: tuple[int, int], factor: int) -> tuple[int, int]:
     return part[0] * factor, part[1] * factor
-
-
-def _quantized(weight: Tensor) -> StoredWeight:
-    values, scale_inv = kernels.quantize(weight)
-    return StoredWeight(values=values, scale_inv=scale_inv, block=(1, kernels.INT8_BLOCK))
 
 
 def _scale_of_rows(stored: StoredWeight, start: int, stop: int) -> kernels.BlockScale:

@@ -114,6 +114,10 @@ class AttachedRanks:
         self._run = run_directory
         self._starter = starter
 
+    def start(self, incarnation: int) -> None:
+        """Not ours to start: there are several, or we would not be under mpirun."""
+        raise AssertionError("the ranks of a user's own mpirun end with it")
+
     def poll(self) -> str | None:
         """None while a rank lives; then that they ended."""
         return None if any(process.alive() for process in self._all()) else "all ranks have ended"

@@ -8,8 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from mesh_config.coverage import ASSUMED_READ_BANDWIDTH
 from moemesh.flags import Options, OptionsError, auto_or, flag, one_of, real, size, text, token_ids, truth, whole
 from moemesh.sampling_params import SamplingParams
+
+GPU_MEMORY = {
+    "A100-40GB": 40536 << 20,
+    "A100-80GB": 81251 << 20,
+    "B200-180GB": 183359 << 20,
+    "H100-80GB": 81559 << 20,
+    "H20-96GB": 97871 << 20,
+    "H200-141GB": 143771 << 20,
+    "L40S-48GB": 46068 << 20,
+}
+"""Bytes that the driver reports."""
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 
@@ -57,6 +69,13 @@ class EngineOptions(ModelOptions):
         "the first A ranks compute only attention, the others only experts (default: every rank both)",
         whole(1, 1023),
         metavar="A",
+    )
+    redundant_experts: int = flag(
+        0,
+        "further copies of experts in each MoE layer, spread over the ranks: an expert that has one is not lost with "
+        "a rank",
+        whole(0),
+        metavar="R",
     )
     combine: str = flag(
         "exact",
@@ -121,6 +140,18 @@ class EngineOptions(ModelOptions):
         one_of("absorbed", "expanded"),
         metavar="absorbed|expanded",
     )
+    fault_tolerance: str = flag(
+        "on",
+        "on: a rank that dies or stops is given up and its requests go on elsewhere; off: it ends the mesh",
+        one_of("on", "off"),
+        metavar="on|off",
+    )
+    respawn: str = flag(
+        "on", "start a rank that was lost again; off: go on without it", one_of("on", "off"), metavar="on|off"
+    )
+    stop_grace: float = flag(
+        15.0, "seconds that a rank which was stopped or out of reach has to come back before it is killed", real(0.0)
+    )
     trace: str | None = flag(
         None, "write what every rank did when to this file, for https://ui.perfetto.dev", text, metavar="FILE"
     )
@@ -172,6 +203,15 @@ class ServeOptions(EngineOptions):
         many=True,
         metavar="KEY",
     )
+    max_queued_requests: int = flag(
+        4096, "requests that may wait for their turn; further ones get status 503 and Retry-After", whole(1)
+    )
+    max_queued_tokens: int | None = flag(
+        None, "tokens that their prompts may have together, such as 4M (default: no limit)", size
+    )
+    queue_timeout: float | None = flag(
+        None, "seconds that a request may wait for its turn (default: no limit)", real(0.0), metavar="S"
+    )
     drain_timeout: float = flag(30.0, "seconds that running requests have to finish after SIGTERM", real(0.0))
 
     @property
@@ -219,6 +259,35 @@ class GenerateOptions(EngineOptions):
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         given = {name: value for name, value in said.items() if value is not None}
         return dataclasses.replace(defaults or SamplingParams(), **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(EngineOptions):
+    """`moemesh plan`: a mesh as `serve` would make it of these options, on machines that need not be here."""
+
+    command: ClassVar[str] = "plan"
+    summary: ClassVar[str] = "say what a mesh would need, whether it fits, and what each rank's loss would cost"
+
+    gpu: str | None = flag(
+        None,
+        f"plan for GPUs of this kind, one for each rank: {', '.join(GPU_MEMORY)} (default: CPU ranks)",
+        one_of(*GPU_MEMORY),
+    )
+    gpus: int | None = flag(None, "number of GPUs: one rank each", whole(1, 1024))
+    ranks_per_host: int | None = flag(None, "ranks on each host (default: 8 with GPUs, else all)", whole(1, 1024))
+    memory: int | None = flag(
+        None, "memory of a GPU, or of a host with CPU ranks (default: the GPU's, or what is free here)", size
+    )
+    read_bandwidth: int = flag(
+        int(ASSUMED_READ_BANDWIDTH), "bytes of weights a second that a rank can load, such as 2GB", size
+    )
+
+    def _check(self) -> None:
+        if self.gpus is not None:
+            if self.ranks not in (1, self.gpus):
+                raise OptionsError(f"--ranks {self.ranks}, but --gpus {self.gpus}: there is one rank for each GPU")
+            object.__setattr__(self, "ranks", self.gpus)
+        super()._check()
 
 
 def options_from_json(document: str) -> EngineOptions:

@@ -47,6 +47,11 @@ class ProcessIdentity:
         """Whether this very process lives, and not another one that got its pid."""
         return ProcessIdentity.of(self.pid) == self
 
+    def stopped(self) -> bool:
+        """A signal has stopped it, and none has continued it."""
+        stat = _read_stat(self.pid)
+        return stat is not None and stat.start_time == self.start_time and stat.state in "Tt"
+
     def send(self, signal_number: int) -> bool:
         """Signal this very process; False when it is gone."""
         try:
@@ -67,6 +72,7 @@ class ProcessIdentity:
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
+    state: str
     parent: int
     start_time: int
 
@@ -78,7 +84,7 @@ def _read_stat(pid: int) -> _Stat | None:
         return None
     # The command name stands in parentheses and may itself contain spaces and parentheses (proc(5)).
     fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else _Stat(parent=int(fields[1]), start_time=int(fields[19]))
+    return None if fields[0] in "ZX" else _Stat(state=fields[0], parent=int(fields[1]), start_time=int(fields[19]))
 
 
 def descendants(pid: int) -> list[ProcessIdentity]:

@@ -1,5 +1,6 @@
 """Put a rank together from its plan, its share of the model and its link."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from moemesh.group_member import GroupMember
 from moemesh.idle import IdleWait
 from moemesh.model import RankModel
 from moemesh.overlap import OverlapRule
-from moemesh.rank_engine import ControlPort, RankEngine
+from moemesh.rank_engine import ControlPort, HeartBeat, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
 from transport.links import Link
@@ -50,6 +51,7 @@ def build_rank(
     control: ControlPort,
     device: torch.device,
     idle: IdleWait,
+    heart: HeartBeat,
     trace: Trace | None = None,
 ) -> RankEngine:
     """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks."""
@@ -74,7 +76,7 @@ def build_rank(
         trace=trace,
     )
     client = _client(parts) if model.attention is not None else None
-    member = _member(parts, model, client) if client is not None else None
+    make_member = _member_factory(parts, model, client) if client is not None else None
     return RankEngine(
         config=config,
         link=link,
@@ -83,8 +85,12 @@ def build_rank(
         experts=parts.experts,
         client=client,
         load=parts.load,
-        member=member,
+        placement=placement,
+        make_member=make_member,
+        group=mesh.group_of(link.rank),
+        num_blocks=mesh.num_cache_blocks or 0,
         idle=idle,
+        heart=heart,
     )
 
 
@@ -92,24 +98,22 @@ def _hold(model: RankModel, mesh: MeshConfig, *, crowded: bool) -> HoldRule | No
     if mesh.expert_hold == "off" or (mesh.expert_hold == "auto" and not crowded) or not model.banks:
         return None
     num_resident = max(bank.num_resident for bank in model.banks.values())
-    return HoldRule(sorted(model.banks), num_resident, patient=crowded)
+    return HoldRule(model.config.moe_layers, num_resident, patient=crowded)
 
 
 def _client(parts: _Parts) -> ExpertClient:
-    tables = {
-        layer: torch.tensor(parts.placement.ranks_of(layer), dtype=torch.int32) for layer in parts.placement.moe_layers
-    }
     return ExpertClient(
         parts.link,
-        parts.mailbox,
         parts.experts,
-        rank_of_expert=tables,
+        placement=parts.placement,
+        living=dict.fromkeys(range(parts.mesh.num_ranks), 0),
         compact=parts.mesh.combine == "compact",
         trace=parts.trace,
     )
 
 
-def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> GroupMember:
+def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Callable[[int], GroupMember]:
+    """What a generation of the group has of its own is small; layers and the cache's memory are the rank's."""
     config, mesh, rank = parts.config, parts.mesh, parts.link.rank
     model, group = rank_model.attention, mesh.group_of(rank)
     assert model is not None
@@ -136,18 +140,23 @@ def _member(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Group
         forward = WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
     else:
         forward = ForwardPass(model, attention, client, parts.load)
-    return GroupMember(
-        members=members,
-        link=parts.link,
-        mailbox=parts.mailbox,
-        model=model,
-        attention=attention,
-        forward=forward,
-        overlap=_overlap(mesh, crowded=parts.crowded),
-        expand_prompts=mesh.prefill_attention == "expanded",
-        scheduler=_scheduler(mesh) if members[0] == rank else None,
-        trace=parts.trace,
-    )
+
+    def make(generation: int) -> GroupMember:
+        return GroupMember(
+            members=members,
+            link=parts.link,
+            mailbox=parts.mailbox,
+            model=model,
+            attention=attention,
+            forward=forward,
+            overlap=_overlap(mesh, crowded=parts.crowded),
+            expand_prompts=mesh.prefill_attention == "expanded",
+            scheduler=_scheduler(mesh) if members[0] == rank else None,
+            generation=generation,
+            trace=parts.trace,
+        )
+
+    return make
 
 
 def _overlap(mesh: MeshConfig, *, crowded: bool) -> OverlapRule:

@@ -7,23 +7,30 @@ Expert calls come before the rank's own step: they never wait for anybody, hence
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import kernels
 from experts import ExpertClient, ExpertService, answer_frame
 from gating import ExpertLoad
 from mesh_config.model_config import ModelConfig
+from mesh_config.placement import Placement
 from moemesh.group_member import GroupMember
+from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
+from moemesh.membership_records import LIVING
 from moemesh.sampling_params import SamplingParams
 from moemesh.sequence import Sequence, SequenceOutput
 from transport import messages
 from transport.errors import ProtocolError
 from transport.frame import Frame, Kind
+from transport.life import Life
 from transport.links import Link
 from transport.mailbox import Mailbox
 
 STATS_SECONDS = 0.5
+_MEMBERS = LIVING | {"loading"}
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +44,20 @@ class ControlPort(Protocol):
 
     def wait(self, timeout_s: float) -> bool: ...
 
+    def begin_life(self, life: Life) -> None: ...
 
-class RankLost(Exception):
-    """A peer is gone, and with it what this mesh needs to serve."""
+
+class HeartBeat(Protocol):
+    """The rank's heart; `Heart` is the real one."""
+
+    @property
+    def pulse(self) -> Pulse: ...
+
+    def lease_holds(self) -> bool:
+        """The frontend is there: a step may begin."""
+        ...
+
+    def begin_life(self, life: Life) -> None: ...
 
 
 class RankEngine:
@@ -55,9 +73,14 @@ class RankEngine:
         experts: ExpertService,
         client: ExpertClient | None,
         load: ExpertLoad,
-        member: GroupMember | None,
+        placement: Placement,
+        make_member: Callable[[int], GroupMember] | None,
+        group: int | None,
+        num_blocks: int,
         idle: IdleWait,
+        heart: HeartBeat,
     ) -> None:
+        """`make_member` gives this rank's side of its attention group for a generation, with an empty cache."""
         self._config = config
         self._link = link
         self._mailbox = mailbox
@@ -65,30 +88,49 @@ class RankEngine:
         self._experts = experts
         self._client = client
         self._load = load
-        self._member = member
+        self._make_member = make_member
+        self._member = None if make_member is None else make_member(0)
+        self._group = group
+        self._num_blocks = num_blocks
         self._idle = idle
+        self._heart = heart
+        self._placement = placement
+        self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
+        self._incarnations = [0] * link.num_ranks
+        # The peers that the link talks with, each with its life.
+        self._linked = {peer: 0 for peer in range(link.num_ranks) if peer != link.rank}
+        self._early_plans: list[Frame] = []
+        # What the members of earlier generations have counted.
+        self._past: Counter[str] = Counter()
         self._stopping = False
         self._next_stats = 0.0
         self._busy_seconds = 0.0
         self._reported: dict[str, float] = {}
 
     def run(self) -> None:
-        """Serve until told to stop. Raises RankLost, or whatever went wrong."""
+        """Serve until told to stop. Raises whatever goes wrong."""
         while not self._stopping:
+            self._heart.pulse.progress += 1
             began = time.perf_counter()
-            if self.turn():
+            busy = self.turn()
+            self._heart.pulse.working = busy or (self._member is not None and self._member.busy)
+            if busy:
                 self._busy_seconds += time.perf_counter() - began
                 self._idle.worked()
             else:
                 self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
                 if self._member is not None:
                     self._member.waited(time.perf_counter() - began)
-            self._send_stats()
+            now = time.monotonic()
+            self._link.tick(now)
+            self._send_stats(now)
 
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - time.monotonic())
         held_for = self._experts.held_for()
-        return longest if held_for is None else min(longest, held_for)
+        if held_for is not None:
+            longest = min(longest, held_for)
+        return longest if self._client is None else min(longest, max(0.0, self._client.due() - time.monotonic()))
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
@@ -96,14 +138,21 @@ class RankEngine:
         if self._link.num_ranks > 1:
             busy |= self._read_frames()
         busy |= self._answer_experts()
+        if self._client is not None:
+            self._report("late", self._client.check_deadlines(time.monotonic()))
         if self._member is not None:
-            busy |= self._member.turn()
+            busy |= self._member.turn(may_begin=self._heart.lease_holds())
             self._send_outputs(self._member.take_outputs())
         return busy
 
+    def announce(self) -> None:
+        """Tell the frontend that this rank can compute."""
+        self._control.send(messages.Ready(rank=self._link.rank, num_blocks=self._num_blocks))
+
     def leftovers(self) -> dict[str, int]:
         """What this rank holds for requests; all zero when there are none."""
-        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending)}
+        asked = 0 if self._client is None else self._client.pending
+        held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending) + asked}
         if self._member is not None:
             held["sequences"] = self._member.num_sequences
             if self._member.scheduler is not None:
@@ -118,6 +167,16 @@ class RankEngine:
                     self._submit(message)
                 case messages.Cancel(request_id=request_id):
                     self._require_member().cancel(request_id)
+                case messages.Place(version=version, hosts=hosts):
+                    self._placement = Placement(
+                        version=version,
+                        num_ranks=self._link.num_ranks,
+                        hosts={layer: tuple(map(tuple, experts)) for layer, experts in hosts.items()},
+                    )
+                case messages.View():
+                    self._follow(message)
+                case messages.Readmit(incarnation=incarnation):
+                    self._begin_life(incarnation)
                 case messages.Stop():
                     self._stopping = True
                 case _:
@@ -125,6 +184,49 @@ class RankEngine:
                         "the frontend sent a %s, which a serving rank does not expect", type(message).__name__
                     )
         return bool(received)
+
+    def _follow(self, view: messages.View) -> None:
+        """What the frontend says of the mesh. A new generation of our group begins with nothing."""
+        self._incarnations = view.incarnations
+        living = {rank: view.incarnations[rank] for rank, state in enumerate(view.states) if state in _MEMBERS}
+        self._link_with(living)
+        news = (self._placement.version, living)
+        if self._client is not None and news != self._followed:
+            self._client.follow(self._placement, living)
+        self._followed = news
+        if self._group is None or self._member is None or self._make_member is None:
+            return
+        generation = view.groups[self._group].generation
+        if generation == self._member.generation:
+            return
+        self._past.update(_member_counters(self._member))
+        self._member.abandon()
+        self._member = self._make_member(generation)
+        self._mailbox.discard(generation)
+        early, self._early_plans = self._early_plans, []
+        for frame in early:
+            self._receive_plan(frame)
+
+    def _link_with(self, living: Mapping[int, int]) -> None:
+        """Talk with these lives of our peers, and with no others."""
+        for peer, incarnation in list(self._linked.items()):
+            if living.get(peer) != incarnation:
+                self._link.forget(peer)
+                del self._linked[peer]
+        for peer, incarnation in living.items():
+            if peer != self._link.rank and peer not in self._linked:
+                self._link.admit(peer, incarnation)
+                self._linked[peer] = incarnation
+
+    def _begin_life(self, incarnation: int) -> None:
+        """We had been given up. The next view begins a new generation of our group, and that drops its sequences."""
+        logger.warning("rank %d had been given up and goes on as life %d", self._link.rank, incarnation)
+        life = Life(self._link.rank, incarnation)
+        self._control.begin_life(life)
+        self._heart.begin_life(life)
+        self._link.renew(incarnation)
+        self._control.send(messages.Hosting(self._experts.hosted()))
+        self.announce()
 
     def _submit(self, message: messages.Submit) -> None:
         params = SamplingParams.from_wire(message.params)
@@ -155,9 +257,15 @@ class RankEngine:
         for frame in frames:
             self._route(frame)
         lost = self._link.take_lost()
-        if lost:
-            raise RankLost(f"rank {lost[0]} is gone")
+        if lost and self._client is not None:
+            for peer in lost:
+                self._client.suspect(peer)
+        self._report("failed", lost)
         return bool(frames)
+
+    def _report(self, evidence: str, peers: Iterable[int]) -> None:
+        for peer in peers:
+            self._control.send(messages.PeerReport(peer, self._incarnations[peer], evidence))
 
     def _route(self, frame: Frame) -> None:
         match frame.header.kind:
@@ -166,12 +274,20 @@ class RankEngine:
                 if refusal is not None:
                     self._link.post(frame.header.sender, refusal)
             case Kind.PLAN:
-                self._require_member().receive_plan(frame)
-            case Kind.NOT_HERE:
-                header = frame.header
-                raise ProtocolError(f"rank {header.sender} does not host what it was asked for in layer {header.layer}")
+                self._receive_plan(frame)
+            case Kind.ANSWER | Kind.NOT_HERE:
+                if self._client is not None:
+                    self._client.receive(frame)
             case _:
                 self._mailbox.deliver(frame)
+
+    def _receive_plan(self, frame: Frame) -> None:
+        """The leader may have heard of a new generation before us, or not yet."""
+        member = self._require_member()
+        if frame.header.generation > member.generation:
+            self._early_plans.append(frame)
+        elif frame.header.generation == member.generation:
+            member.receive_plan(frame)
 
     def _answer_experts(self) -> bool:
         answers = self._experts.step()
@@ -188,8 +304,7 @@ class RankEngine:
 
     # --- counters
 
-    def _send_stats(self) -> None:
-        now = time.monotonic()
+    def _send_stats(self, now: float) -> None:
         if now < self._next_stats:
             return
         self._next_stats = now + STATS_SECONDS
@@ -211,8 +326,13 @@ class RankEngine:
         if self._client is not None:
             counters["dispatch_bytes"] = self._client.stats.bytes_sent
             counters["dispatch_seconds"] = self._client.stats.seconds
+            counters["expert_calls_repeated:late"] = self._client.stats.hedged
+            counters["expert_calls_repeated:gone"] = self._client.stats.rerouted
+            counters["expert_answers_dropped:late"] = self._client.stats.late_answers
+            counters["expert_answers_dropped:double"] = self._client.stats.double_answers
         if self._member is not None:
-            counters["steps"] = self._member.num_steps
+            for name, count in _member_counters(self._member).items():
+                counters[name] = self._past[name] + count
             if self._member.scheduler is not None:
                 scheduler = self._member.scheduler.stats()
                 counters["running"] = scheduler.num_running
@@ -220,10 +340,18 @@ class RankEngine:
                 counters["cache_blocks"] = scheduler.num_blocks
                 counters["cache_blocks_used"] = scheduler.num_blocks_used
                 counters["cache_usage"] = scheduler.num_blocks_used / scheduler.num_blocks
-                counters["preemptions"] = scheduler.num_preemptions
-                counters["prefix_cache_queries"] = scheduler.num_prefix_queries
-                counters["prefix_cache_hits"] = scheduler.num_prefix_hits
         return counters
+
+
+def _member_counters(member: GroupMember) -> dict[str, int]:
+    """What grows for as long as a generation lasts."""
+    counters = {"steps": member.num_steps}
+    if member.scheduler is not None:
+        stats = member.scheduler.stats()
+        counters["preemptions"] = stats.num_preemptions
+        counters["prefix_cache_queries"] = stats.num_prefix_queries
+        counters["prefix_cache_hits"] = stats.num_prefix_hits
+    return counters
 
 
 def _output_item(output: SequenceOutput) -> messages.OutputItem:

@@ -19,6 +19,7 @@ from moemesh.shard_file import CheckpointError
 from moemesh.watchdog import Watchdog, end_failed
 from transport import messages
 from transport.control import ControlClient
+from transport.life import Life
 
 GOODBYE_SECONDS = 1.0
 
@@ -29,24 +30,26 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """The rank's process; never returns."""
     parser = argparse.ArgumentParser(description="one rank of a mesh; started by `moemesh serve`")
     parser.add_argument("--run-directory", required=True)
-    run_rank(RunDirectory.open(parser.parse_args(arguments).run_directory))
+    parser.add_argument("--incarnation", type=int, default=0)
+    given = parser.parse_args(arguments)
+    run_rank(RunDirectory.open(given.run_directory), given.incarnation)
 
 
-def run_rank(run: RunDirectory) -> NoReturn:
+def run_rank(run: RunDirectory, incarnation: int = 0) -> NoReturn:
     """Be the rank that the launcher's environment says we are, in the mesh of `run`. Never returns."""
     started_by = os.getppid()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     Watchdog(run, started_by=started_by).start()
     launch = mpi_launch(os.environ)
     rank, num_ranks = launch or (0, 1)
-    control = ControlClient(run.control_endpoint, rank)
+    control = ControlClient(run.control_endpoint, Life(rank, incarnation))
     # Of what is imported and loaded from here on nothing is garbage: looking for it took a tenth of the time.
     gc.disable()
     try:
         # Not at the top: torch takes a second, in which nobody would watch over this process.
         from moemesh.rank_startup import serve_rank
 
-        serve_rank(run, rank, num_ranks, control)
+        serve_rank(run, num_ranks, control)
     except (ConfigError, CheckpointError) as error:
         _fail(control, rank, str(error))
     except Exception as error:

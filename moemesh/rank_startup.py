@@ -12,16 +12,20 @@ import torch
 import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
+from moemesh.checksums import Checksums
+from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
 from moemesh.model_loader import ModelLoader
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
+from moemesh.rank_engine import HeartBeat
 from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory
 from transport import messages
 from transport.control import ControlClient
 from transport.doorbell import Doorbell
+from transport.life import Life
 from transport.links import Link
 from transport.local_link import LocalNetwork
 from transport.mpi_link import MpiLink
@@ -34,18 +38,34 @@ START_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
-def serve_rank(run: RunDirectory, rank: int, num_ranks: int, control: ControlClient) -> None:
-    """Be rank `rank` of `num_ranks` until told to stop. Expects the garbage collector off, and turns it on.
+def serve_rank(run: RunDirectory, num_ranks: int, control: ControlClient) -> None:
+    """Be the life of a rank of `num_ranks` that `control` names, until told to stop.
 
-    Raises ConfigError or CheckpointError for what the user can mend, and whatever else goes wrong.
+    Expects the garbage collector off, and turns it on. Raises ConfigError or CheckpointError for what the user can
+    mend, and whatever else goes wrong.
     """
     options = run.read_options()
-    place = RankPlace(run=run, rank=rank, num_ranks=num_ranks)
-    with closing(Trace(run.trace(rank))) if options.trace is not None else nullcontext() as trace:
-        _serve(options, place, control, trace)
+    place = RankPlace(run=run, rank=control.life.rank, num_ranks=num_ranks)
+    with closing(Trace(run.trace(place.rank))) if options.trace is not None else nullcontext() as trace:
+        heart = _heart(options, run, control.life)
+        try:
+            _serve(options, place, control, heart, trace)
+        finally:
+            heart.stop()
 
 
-def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, trace: Trace | None) -> None:
+def _heart(options: EngineOptions, run: RunDirectory, life: Life) -> Heart | StillHeart:
+    """One that beats already: loading takes time."""
+    if options.fault_tolerance == "off":
+        return StillHeart()
+    heart = Heart(lambda life: ControlClient(run.control_endpoint, life, channel="heart"), life)
+    heart.start()
+    return heart
+
+
+def _serve(
+    options: EngineOptions, place: RankPlace, control: ControlClient, heart: HeartBeat, trace: Trace | None
+) -> None:
     device, rank = _claim_device(options), place.rank
     kernels.set_num_threads(threads_per_rank(options, place.ranks_on_host))
     if rank == 0:
@@ -56,7 +76,7 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
         messages.Hello(
             rank=rank,
             pid=os.getpid(),
-            incarnation=0,
+            incarnation=control.life.incarnation,
             host=socket.gethostname(),
             num_threads=kernels.num_threads(),
             isa=kernels.isa(),
@@ -69,8 +89,10 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
     link = _connect(rank, mesh, bell, trace)
     config = load_model_config(options.model_folder)
     placement = placement_of(config, mesh)
+    checksums = Checksums()
+    checksums.learn(place.run.all_checksums())
     model = ModelLoader(
-        Checkpoint(options.model_folder, config),
+        Checkpoint(options.model_folder, config, checksums),
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -79,9 +101,12 @@ def _serve(options: EngineOptions, place: RankPlace, control: ControlClient, tra
         quantization=quantization(options),
         report=_Reporter(control, rank).report,
     ).load()
+    checksums.save(place.run.checksums(rank))
     idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
-    engine = build_rank(model, mesh, placement, link=link, control=control, device=device, idle=idle, trace=trace)
-    control.send(messages.Ready(rank=rank, num_blocks=mesh.num_cache_blocks or 0))
+    engine = build_rank(
+        model, mesh, placement, link=link, control=control, device=device, idle=idle, heart=heart, trace=trace
+    )
+    engine.announce()
     # All that is there now stays: the collector need never look at it again.
     gc.freeze()
     gc.enable()

@@ -8,6 +8,7 @@
         control           the control plane's ipc socket
         asleep, bell.*    how the ranks wake each other
         trace.*           what each rank did when, with --trace
+        checksums.*       what each rank has read of the checkpoint
         tmp/              TMPDIR of mpirun and the ranks: session folders of Open MPI, PRRTE and PMIx
     /dev/shm/NAME/        Open MPI's shared-memory segments (16 MiB a rank)
 
@@ -96,6 +97,14 @@ class RunDirectory:
         """What the ranks wrote there, by rank."""
         found = {int(path.suffix[1:]): path for path in self.path.glob("trace.*")}
         return dict(sorted(found.items()))
+
+    def checksums(self, rank: int) -> Path:
+        """Where a rank leaves the checksums of what it has read."""
+        return self.path / f"checksums.{rank}"
+
+    def all_checksums(self) -> list[Path]:
+        """What the ranks have left there."""
+        return [path for path in self.path.glob("checksums.*") if path.suffix[1:].isdigit()]
 
     @property
     def temporary(self) -> Path:

@@ -34,6 +34,10 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError((f"{path}: cannot be read: {error.strerror}",)) from error
 
+    def place(self, info: TensorInfo) -> kernels.FileWeight:
+        """Where a tensor lies; valid until `close`."""
+        return kernels.FileWeight(self._file, self._data_start + info.begin)
+
     def read(self, info: TensorInfo, rows: tuple[int, int] | None) -> torch.Tensor:
         """A tensor, or [start, stop) of its first dimension."""
         if info.dtype not in TORCH_DTYPES:

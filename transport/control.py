@@ -3,15 +3,20 @@
 On one host over `ipc://` in a directory that only its owner may enter; across hosts over TCP with CURVE, where every
 client must know the server's public key and the server admits the one client key it gave out. Messages are msgpack (see
 messages); what cannot be read is counted and dropped. Queues are bounded and closing never waits (linger 0).
+
+Who says something is a life of a rank, by the name of its socket: late words of a dead one are not taken for those of
+its successor. Each has two sockets: one for its engine, one for the thread that is its heart.
 """
 
 import asyncio
 import os
+import re
 import select
 import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import zmq
 import zmq.asyncio
@@ -19,12 +24,17 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from transport.errors import Overloaded, ProtocolError
+from transport.life import Life
 from transport.messages import MAX_MESSAGE_BYTES, Message, decode_message, encode_message
+
+Channel = Literal["rank", "heart"]
+"""Which of a life's two sockets."""
 
 HIGH_WATER_MARK = 10_000
 """Messages that wait in each direction for each peer before sending fails."""
 
 _EVENTS, _READABLE = zmq.EVENTS, int(zmq.POLLIN)
+_NAME = re.compile(rb"(?:rank|heart) (\d{1,9}) (\d{1,9})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +86,7 @@ def check_endpoint(endpoint: str, keys: CurveKeys | None) -> None:
 
 
 class ControlServer:
-    """The frontend's end: talks to ranks by number. Must be made and used on one running asyncio event loop."""
+    """The frontend's end: talks to the lives of ranks. Must be made and used on one running asyncio event loop."""
 
     def __init__(self, endpoint: str, *, keys: CurveKeys | None = None) -> None:
         """Bind. For `tcp://host:*` the `endpoint` attribute says the port that was found.
@@ -90,7 +100,7 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         _bound(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A rank that comes back takes over its name.
+        # A socket that was cut off and comes back takes over its name.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             if keys is not None:
@@ -110,17 +120,17 @@ class ControlServer:
         self._socket.curve_publickey = keys.server_public.encode()
         self._socket.curve_secretkey = keys.server_secret.encode()
 
-    def send(self, rank: int, message: Message) -> None:
+    def send(self, life: Life, message: Message, channel: Channel = "rank") -> None:
         """Queue a message for a rank. Raises Overloaded when it is not connected or its queue is full."""
         # With DONTWAIT the message is queued or refused within the call; the future only carries the outcome.
-        parts = [_identity(rank), encode_message(message)]
+        parts = [_identity(life, channel), encode_message(message)]
         outcome = asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.DONTWAIT))
         error = outcome.exception()
         if error is not None:
-            raise Overloaded(f"control message to rank {rank} was not sent: {error}")
+            raise Overloaded(f"control message to {life} was not sent: {error}")
 
-    async def receive(self) -> tuple[int, Message]:
-        """The next message and the rank that sent it. Malformed ones are counted in `malformed` and skipped."""
+    async def receive(self) -> tuple[Life, Message]:
+        """The next message and who sent it. Malformed ones are counted in `malformed` and skipped."""
         while True:
             parts = await self._socket.recv_multipart()
             try:
@@ -139,20 +149,33 @@ class ControlServer:
 class ControlClient:
     """A rank's end. For one thread; nothing blocks but `wait`."""
 
-    def __init__(self, endpoint: str, rank: int, *, keys: CurveKeys | None = None) -> None:
+    def __init__(self, endpoint: str, life: Life, *, channel: Channel = "rank", keys: CurveKeys | None = None) -> None:
         """Connect (the server may come later). Raises ValueError for an unsafe endpoint."""
         check_endpoint(endpoint, keys)
         self.malformed = 0
-        self.rank = rank
+        self._endpoint = endpoint
+        self._channel: Channel = channel
+        self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        _bound(self._socket)
-        self._socket.setsockopt(zmq.IDENTITY, _identity(rank))
-        if keys is not None:
-            self._socket.curve_serverkey = keys.server_public.encode()
-            self._socket.curve_publickey = keys.client_public.encode()
-            self._socket.curve_secretkey = keys.client_secret.encode()
-        self._socket.connect(endpoint)
+        self.life = life
+        self._socket = self._connected()
+
+    def begin_life(self, life: Life) -> None:
+        """Speak as `life` from now on. What was said before and has not left is lost."""
+        self._socket.close(linger=0)
+        self.life = life
+        self._socket = self._connected()
+
+    def _connected(self) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(zmq.DEALER)
+        _bound(socket)
+        socket.setsockopt(zmq.IDENTITY, _identity(self.life, self._channel))
+        if self._keys is not None:
+            socket.curve_serverkey = self._keys.server_public.encode()
+            socket.curve_publickey = self._keys.client_public.encode()
+            socket.curve_secretkey = self._keys.client_secret.encode()
+        socket.connect(self._endpoint)
+        return socket
 
     def send(self, message: Message) -> None:
         """Queue a message for the frontend. Raises Overloaded when the queue is full."""
@@ -160,7 +183,7 @@ class ControlClient:
             self._socket.send(encode_message(message), flags=zmq.DONTWAIT)
         except zmq.Again:
             raise Overloaded(
-                f"{HIGH_WATER_MARK} control messages of rank {self.rank} wait: the frontend takes none of them"
+                f"{HIGH_WATER_MARK} control messages of {self.life} wait: the frontend takes none of them"
             ) from None
 
     def receive_all(self) -> list[Message]:
@@ -213,12 +236,13 @@ def _bound(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
 
 
-def _identity(rank: int) -> bytes:
+def _identity(life: Life, channel: Channel) -> bytes:
     # A name that begins with a zero byte is reserved by ZeroMQ.
-    return b"rank %d" % rank
+    return b"%s %d %d" % (channel.encode(), life.rank, life.incarnation)
 
 
-def _read(parts: list[bytes]) -> tuple[int, Message]:
-    if len(parts) != 2 or not parts[0].startswith(b"rank ") or not parts[0][5:].isdigit():
+def _read(parts: list[bytes]) -> tuple[Life, Message]:
+    name = _NAME.fullmatch(parts[0]) if len(parts) == 2 else None
+    if name is None:
         raise ProtocolError(f"control message of {len(parts)} parts is not from a rank")
-    return int(parts[0][5:]), decode_message(parts[1])
+    return Life(int(name.group(1)), int(name.group(2))), decode_message(parts[1])

@@ -60,6 +60,44 @@ class Stop:
     """End the process now."""
 
 
+@dataclass(frozen=True, slots=True)
+class GroupMembers:
+    """An attention group: its members, the leader first; none while it computes nothing."""
+
+    generation: int
+    members: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Who is in the mesh; ranks and groups by number. `states`: loading, up, suspect, dead or joining."""
+
+    epoch: int
+    incarnations: list[int]
+    states: list[str]
+    groups: list[GroupMembers]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A new placement, in force from the next View on: by layer and expert the ranks that host it, best first."""
+
+    version: int
+    hosts: dict[int, list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Readmit:
+    """To a rank that was fenced and is alive: drop all sequences and go on as `incarnation`."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """To a rank's heart: the frontend has heard it beat."""
+
+
 # From a rank to the frontend.
 
 
@@ -141,10 +179,53 @@ class Failed:
     error: str
 
 
-Message = Start | Submit | Cancel | Drain | Stop | Hello | Progress | Ready | Outputs | Stats | Failed
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """From a rank's heart. `progress` counts what its engine has done; `working`: it has something to do."""
 
-_TYPES: tuple[type[Any], ...] = (Start, Submit, Cancel, Drain, Stop, Hello, Progress, Ready, Outputs, Stats, Failed)
-"""A message's tag is its place here: append only."""
+    progress: int
+    working: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReport:
+    """The rank misses a peer: it has "failed" as MPI says, or it is "late" with what it was asked for."""
+
+    peer: int
+    incarnation: int
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """The experts of each layer that the rank can answer for."""
+
+    experts: dict[int, list[int]]
+
+
+Message = (
+    Start
+    | Submit
+    | Cancel
+    | Drain
+    | Stop
+    | Hello
+    | Progress
+    | Ready
+    | Outputs
+    | Stats
+    | Failed
+    | View
+    | Readmit
+    | Heard
+    | Heartbeat
+    | PeerReport
+    | Place
+    | Hosting
+)
+
+_TYPES: tuple[type[Any], ...] = get_args(Message)
+"""A message's tag is its place among `Message`: append only."""
 _TAGS = {message_type: tag for tag, message_type in enumerate(_TYPES)}
 
 
@@ -239,5 +320,7 @@ def _ints(values: list[Any], name: str) -> list[int]:
 
 
 # `fields` looks at a whole class, and is asked several times in every step.
-_FIELD_NAMES = {record_type: tuple(item.name for item in fields(record_type)) for record_type in (*_TYPES, OutputItem)}
+_FIELD_NAMES = {
+    record_type: tuple(item.name for item in fields(record_type)) for record_type in (*_TYPES, OutputItem, GroupMembers)
+}
 _CHECKS = tuple(_checks(message_type) for message_type in _TYPES)

@@ -66,16 +66,24 @@ class Task(Generic[T]):
             self._result = (stop.value,)
         return True
 
+    def abandon(self) -> None:
+        """Nobody wants the result: let the generator clean up after itself."""
+        self._steps.close()
+
 
 def together(parts: Sequence[Steps[T]]) -> Steps[list[T]]:
     """Run several tasks side by side: while one waits the others advance. Returns their results in order."""
     if len(parts) == 1:
         return [(yield from parts[0])]
     tasks = [Task(steps) for steps in parts]
-    while True:
+    try:
+        while True:
+            for task in tasks:
+                task.advance()
+            waiting = [task.wait for task in tasks if not task.done]
+            if not waiting:
+                return [task.result for task in tasks]
+            yield AnyOf(waiting)
+    finally:
         for task in tasks:
-            task.advance()
-        waiting = [task.wait for task in tasks if not task.done]
-        if not waiting:
-            return [task.result for task in tasks]
-        yield AnyOf(waiting)
+            task.abandon()

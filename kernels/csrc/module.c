@@ -156,6 +156,8 @@ OPERATION(pack, "piiiiiipi",
           op_pack(v[0].p, v[1].i, v[2].i, v[3].i, v[4].i, (int)v[5].i, (int)v[6].i, v[7].p, v[8].i))
 OPERATION(quantize, "piiiiipp", run_quantize(v))
 OPERATION(advise_huge_pages, "pi", (op_advise_huge_pages(v[0].p, v[1].i), (const char *)NULL))
+OPERATION(load, "pi", (op_load(v[0].p, v[1].i), (const char *)NULL))
+OPERATION(checksum, "pip", op_checksum(v[0].p, v[1].i, v[2].p))
 OPERATION(read_all, "pip", (*(uint64_t *)v[2].p = op_read_all(v[0].p, v[1].i), (const char *)NULL))
 
 /* Raises OSError, and EOFError where the file ends too early. */
@@ -213,6 +215,16 @@ static PyObject *py_set_num_threads(PyObject *module, PyObject *number)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_work_aside(PyObject *module, PyObject *on)
+{
+    const int truth = PyObject_IsTrue(on);
+    (void)module;
+    if (truth < 0)
+        return NULL;
+    pool_work_aside(truth);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_num_threads(PyObject *module, PyObject *none)
 {
     (void)module;
@@ -234,9 +246,10 @@ static PyMethodDef methods[] = {
     FAST(score), FAST(normed_linear), FAST(sample_rows), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
     FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(quantize),
-    FAST(read_file), FAST(advise_huge_pages), FAST(read_all),
+    FAST(read_file), FAST(advise_huge_pages), FAST(read_all), FAST(checksum), FAST(load),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
+    {"work_aside", py_work_aside, METH_O, NULL},
     {"nanoseconds", py_nanoseconds, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

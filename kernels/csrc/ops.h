@@ -74,6 +74,17 @@ const char *op_quantize(const Quantize *q);
 void op_advise_huge_pages(void *start, int64_t bytes);
 /* Reads bytes of a file from an offset to memory, all threads together: how many were there, or -errno. */
 int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target);
+/* The polynomial of the bytes as 64-bit words, the last one filled with zeros, and of their number; modulo 2^64. */
+const char *op_checksum(const void *start, int64_t bytes, uint64_t *result);
+/* A weight that lies in a file, and the panels that it belongs into. `outcome` is 0, an errno, or one of those below. */
+typedef struct {
+    int64_t file, offset, num_out, num_in, element_bytes, interleave, refuse_nan;
+    void *panels;
+    int64_t panel_stride, outcome;
+    uint64_t checksum;
+} FileWeight;
+enum { FILE_ENDS_EARLY = -1, FILE_HAS_NAN = -2, FILE_NO_MEMORY = -3 };
+void op_load(FileWeight *weights, int64_t num_weights);
 uint64_t op_read_all(const void *start, int64_t bytes); /* reads memory as fast as it goes, for benchmarks */
 
 #endif

@@ -195,6 +195,93 @@ int64_t op_read_file(int file, int64_t offset, int64_t bytes, void *target)
     return error ? -error : done;
 }
 
+#define PRIME 0x9E3779B185EBCA87u
+#define SUM_WORDS (1 << 14) /* of one task */
+#define SUM_LANES 8
+
+typedef struct {
+    const uint8_t *start;
+    int64_t bytes;
+    uint64_t *sums;
+} Checksum;
+
+static uint64_t power(uint64_t exponent)
+{
+    uint64_t result = 1, base = PRIME;
+    for (; exponent; exponent >>= 1, base *= base)
+        if (exponent & 1)
+            result *= base;
+    return result;
+}
+
+static uint64_t word_at(const uint8_t *at, int64_t bytes)
+{
+    uint64_t word = 0;
+    memcpy(&word, at, bytes);
+    return word;
+}
+
+/* Vectors of SSE2 multiply 64 bits in six steps, which takes longer than one multiplication after the other. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
+#endif
+static void checksum_task(const void *argument, int64_t block, void *scratch)
+{
+    const Checksum *c = argument;
+    const uint64_t stride = power(SUM_LANES);
+    const int64_t begin = block * SUM_WORDS * 8, whole = (block + 1) * SUM_WORDS * 8;
+    const int64_t end = whole < c->bytes ? whole : c->bytes;
+    uint64_t lane[SUM_LANES] = {0}, sum = 0;
+    int64_t at = begin;
+    (void)scratch;
+    for (; at + SUM_LANES * 8 <= end; at += SUM_LANES * 8)
+        for (int i = 0; i < SUM_LANES; i++)
+            lane[i] = lane[i] * stride + word_at(c->start + at + i * 8, 8);
+    for (int i = 0; i < SUM_LANES; i++)
+        sum = sum * PRIME + lane[i];
+    for (; at < end; at += 8)
+        sum = sum * PRIME + word_at(c->start + at, end - at < 8 ? end - at : 8);
+    c->sums[block] = sum;
+}
+
+const char *op_checksum(const void *start, int64_t bytes, uint64_t *result)
+{
+    const int64_t blocks = (bytes + SUM_WORDS * 8 - 1) / (SUM_WORDS * 8);
+    Checksum c = {start, bytes, pool_buffer(0, (blocks + 1) * 8)};
+    if (!c.sums)
+        return out_of_memory;
+    pool_run(checksum_task, &c, blocks, 0);
+    *result = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t left = bytes - block * SUM_WORDS * 8;
+        *result = *result * power(left < SUM_WORDS * 8 ? (left + 7) / 8 : SUM_WORDS) + c.sums[block];
+    }
+    *result = *result * PRIME + (uint64_t)bytes;
+    return NULL;
+}
+
+static int64_t load_one(FileWeight *w)
+{
+    const int64_t bytes = w->num_out * w->num_in * w->element_bytes;
+    void *buffer = pool_buffer(1, bytes);
+    if (!buffer)
+        return FILE_NO_MEMORY;
+    const int64_t done = op_read_file((int)w->file, w->offset, bytes, buffer);
+    if (done < bytes)
+        return done < 0 ? -done : FILE_ENDS_EARLY;
+    if (op_checksum(buffer, bytes, &w->checksum))
+        return FILE_NO_MEMORY;
+    const char *wrong = op_pack(buffer, w->num_in * w->element_bytes, w->num_out, w->num_in, w->element_bytes,
+                                (int)w->interleave, (int)w->refuse_nan, w->panels, w->panel_stride);
+    return !wrong ? 0 : wrong == out_of_memory ? FILE_NO_MEMORY : FILE_HAS_NAN;
+}
+
+void op_load(FileWeight *weights, int64_t num_weights)
+{
+    for (int64_t i = 0; i < num_weights; i++)
+        weights[i].outcome = load_one(&weights[i]);
+}
+
 typedef struct {
     const uint64_t *start;
     int64_t words;

@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -38,6 +39,14 @@ static struct {
     _Atomic int sleepers, stop;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
           .num_threads = 1, .state = CLOSED};
+
+/* Of a thread that works aside: what it runs is done on it alone, in memory of its own, and delays nobody. */
+static _Thread_local struct {
+    int on;
+    void *scratch, *buffers[BUFFER_LEVELS];
+    int64_t scratch_bytes, buffer_bytes[BUFFER_LEVELS];
+    uint64_t saved_control;
+} aside;
 
 static void restore_floating_point(uint64_t control)
 {
@@ -157,9 +166,9 @@ static void start_workers(void)
 
 void pool_run(PoolTask task, const void *argument, int64_t num_tasks, int alone)
 {
-    if (alone || pool.num_threads == 1 || num_tasks == 1) {
+    if (alone || aside.on || pool.num_threads == 1 || num_tasks == 1) {
         for (int64_t i = 0; i < num_tasks; i++)
-            task(argument, i, pool.scratch[0]);
+            task(argument, i, aside.on ? aside.scratch : pool.scratch[0]);
         return;
     }
     start_workers();
@@ -193,6 +202,8 @@ static int grow(void **place, int64_t *have, int64_t want)
 
 int pool_reserve(int64_t scratch_bytes)
 {
+    if (aside.on)
+        return grow(&aside.scratch, &aside.scratch_bytes, scratch_bytes);
     for (int i = 0; i < pool.num_threads; i++)
         if (grow(&pool.scratch[i], &pool.scratch_bytes[i], scratch_bytes) != 0)
             return -1;
@@ -201,19 +212,39 @@ int pool_reserve(int64_t scratch_bytes)
 
 void *pool_buffer(int level, int64_t bytes)
 {
-    return grow(&pool.buffers[level], &pool.buffer_bytes[level], bytes) == 0 ? pool.buffers[level] : NULL;
+    void **place = aside.on ? &aside.buffers[level] : &pool.buffers[level];
+    return grow(place, aside.on ? &aside.buffer_bytes[level] : &pool.buffer_bytes[level], bytes) == 0 ? *place : NULL;
 }
 
 void pool_enter(void)
 {
+    if (aside.on) {
+        aside.saved_control = default_floating_point();
+        return;
+    }
     pthread_mutex_lock(&pool.owner);
     pool.saved_control = default_floating_point();
 }
 
 void pool_leave(void)
 {
+    if (aside.on) {
+        restore_floating_point(aside.saved_control);
+        return;
+    }
     restore_floating_point(pool.saved_control);
     pthread_mutex_unlock(&pool.owner);
+}
+
+void pool_work_aside(int on)
+{
+    if (!on) {
+        free(aside.scratch);
+        for (int level = 0; level < BUFFER_LEVELS; level++)
+            free(aside.buffers[level]);
+        memset(&aside, 0, sizeof aside);
+    }
+    aside.on = on;
 }
 
 void pool_set_num_threads(int num_threads)

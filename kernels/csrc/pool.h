@@ -20,5 +20,7 @@ void *pool_buffer(int level, int64_t bytes);
 void pool_run(PoolTask task, const void *argument, int64_t num_tasks, int alone);
 void pool_set_num_threads(int num_threads); /* takes the pool itself; workers start with the next job */
 int pool_num_threads(void);
+/* The calling thread's operations run on it alone, beside those of the pool, until it takes that back. */
+void pool_work_aside(int on);
 
 #endif

@@ -104,7 +104,7 @@ def test_what_is_not_here_is_said_at_once(service: ExpertService, layer: int, ex
     frame = _frame(_call(1, [expert], [0]), 4, layer=layer)
     refusal = service.submit(frame)
     assert refusal is not None
-    assert refusal.header == replace(frame.header, kind=Kind.NOT_HERE)
+    assert refusal.header == replace(frame.header, kind=Kind.NOT_HERE, sender=9)
     assert not service.pending
 
 

@@ -1,10 +1,15 @@
 """The grouped feed-forward network against torch."""
 
+import gc
+import mmap
+
+import psutil
 import pytest
 import torch
 
 import kernels
 from kernels import reference
+from kernels.reserved import ReservedMemory
 from tests.kernels.weights import DTYPES, experts, needs_native, normal, relative_error, seeded
 
 
@@ -37,7 +42,7 @@ def test_an_expert_comes_back_as_it_was_loaded() -> None:
     bank.load(2, gate, up, down)
     for got, want in zip(bank.dense(2), (gate, up, down), strict=True):
         assert torch.equal(got, want.float())
-    assert bank.nbytes >= 3 * 3 * 40 * 50 * 2
+    assert bank.expert_bytes >= 3 * 40 * 50 * 2
 
 
 def test_no_slots_give_no_rows() -> None:
@@ -71,3 +76,33 @@ def test_wrong_weights_are_refused() -> None:
         bank.load(0, gate, gate, down, (gate, gate, down))
     with pytest.raises(ValueError, match="need a block size"):
         kernels.PackedExperts.empty(2, 8, 4, dtype=torch.float8_e4m3fn)
+
+
+@needs_native
+def test_a_slot_that_is_not_loaded_takes_no_memory() -> None:
+    hidden, width, loaded = 1024, 512, 8
+    bank = kernels.PackedExperts.empty(100_000, hidden, width, dtype=torch.float32)  # 600 GB
+    before = _resident_bytes()
+    for slot in range(loaded):
+        bank.load(50_000 + slot, normal(width, hidden), normal(width, hidden), normal(hidden, width))
+    grown = _resident_bytes() - before
+    assert grown == pytest.approx(loaded * bank.expert_bytes, rel=0.25)
+    for slot in range(loaded):
+        bank.unload(50_000 + slot)
+    assert _resident_bytes() - before < grown / 4
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+@needs_native
+def test_reserved_memory_is_given_back_by_whole_pages() -> None:
+    memory = ReservedMemory(10 * mmap.PAGESIZE)
+    memory.data.fill_(7)
+    memory.give_back(mmap.PAGESIZE + 1, 5 * mmap.PAGESIZE - 1)
+    kept = memory.data.view(10, -1).amin(1)
+    assert kept.tolist() == [7, 7, 0, 0, 7, 7, 7, 7, 7, 7]
+    with pytest.raises(MemoryError, match="address space"):
+        ReservedMemory(1 << 62)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import files
+from kernels import files, reference
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -25,3 +25,25 @@ def test_any_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nat
             kernels.read_into(file.fileno(), 1_000_000, torch.empty(1))
     with path.open("ab") as file, pytest.raises(OSError, match="Bad file descriptor"):  # cannot be read
         kernels.read_into(file.fileno(), 0, torch.empty(1))
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 63, 64, 65, 131_072, 131_080, 300_001])
+def test_checksum_equals_its_twin(count: int) -> None:
+    data = torch.randint(0, 256, (count,), dtype=torch.uint8)
+    assert kernels.checksum(data) == reference.checksum(data)
+
+
+def test_a_checksum_notices_any_change() -> None:
+    data = torch.randint(0, 256, (100_003,), dtype=torch.uint8)
+    found = {kernels.checksum(data)}
+    for place in (0, 1, 777, 65_536, 99_999, 100_002):
+        changed = data.clone()
+        changed[place] ^= 1
+        found.add(kernels.checksum(changed))
+    found.add(kernels.checksum(data[:-1]))
+    found.add(kernels.checksum(torch.cat([data, torch.zeros(1, dtype=torch.uint8)])))
+    swapped = data.clone()
+    swapped[:8], swapped[8:16] = data[8:16], data[:8]
+    found.add(kernels.checksum(swapped))
+    assert len(found) == 10
+    assert kernels.checksum(torch.arange(6.0).view(2, 3)) == kernels.checksum(torch.arange(6.0))

@@ -77,3 +77,25 @@ def test_flushing_of_subnormals_elsewhere_changes_nothing() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(got, want)
+
+
+def test_who_works_aside_waits_for_nobody() -> None:
+    """Packing on another thread goes on while this one computes, with the same results on both."""
+    weight, x = normal(700, 900), normal(40, 900)
+    layer = kernels.pack_linear(weight)
+    want = kernels.linear(x, layer)
+    packed_aside: list[kernels.PackedLinear] = []
+
+    def pack() -> None:
+        with kernels.aside():
+            packed_aside.extend(kernels.pack_linear(weight) for _ in range(30))
+
+    kernels.set_num_threads(2)
+    other = threading.Thread(target=pack)
+    other.start()
+    for _ in range(30):
+        assert torch.equal(kernels.linear(x, layer), want)
+    other.join()
+    assert all(torch.equal(kernels.linear(x, each), want) for each in packed_aside)
+    with kernels.aside():
+        assert torch.equal(kernels.linear(x, layer), want)

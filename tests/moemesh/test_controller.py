@@ -11,6 +11,7 @@ import pytest
 
 from mesh_config import even_placement, make_mesh
 from moemesh import controller as controller_module
+from moemesh.admission import AdmissionLimits
 from moemesh.controller import Controller
 from moemesh.engine_client import (
     EngineFailed,
@@ -20,12 +21,15 @@ from moemesh.engine_client import (
     Overloaded,
     TokenOutput,
 )
+from moemesh.membership_records import MembershipSettings
 from moemesh.metrics import Metrics
 from moemesh.random_numbers import choice_seed
 from moemesh.sampling_params import SamplingParams
 from tests.moemesh.gateway.fake_engine import model_config
 from transport import messages
+from transport.control import Channel
 from transport.errors import Overloaded as TransportOverloaded
+from transport.life import Life
 
 BLOCKS = 4  # of 32 tokens
 
@@ -34,22 +38,23 @@ class FakeRanks:
     """The control plane without sockets: what the ranks would say is put in, what they are told is kept."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[int, messages.Message]] = []
-        self.said: asyncio.Queue[tuple[int, messages.Message]] = asyncio.Queue()
+        self.sent: list[tuple[Life, messages.Message]] = []
+        self.said: asyncio.Queue[tuple[Life, messages.Message]] = asyncio.Queue()
         self.full = False
+        self.metrics = Metrics()
 
-    def send(self, rank: int, message: messages.Message) -> None:
+    def send(self, life: Life, message: messages.Message, channel: Channel = "rank") -> None:
         if self.full:
             raise TransportOverloaded("its queue is full")
-        self.sent.append((rank, message))
+        self.sent.append((life, message))
 
-    async def receive(self) -> tuple[int, messages.Message]:
+    async def receive(self) -> tuple[Life, messages.Message]:
         return await self.said.get()
 
-    async def say(self, *said: messages.Message) -> None:
-        """Each of them has been dealt with when this returns."""
+    async def say(self, *said: messages.Message, by: Life | None = None) -> None:
+        """Each of them has been dealt with when this returns. Said by the rank that it names, else by rank 0."""
         for message in said:
-            self.said.put_nowait((0, message))
+            self.said.put_nowait((by or Life(getattr(message, "rank", 0)), message))
         while not self.said.empty():
             await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -58,8 +63,8 @@ class FakeRanks:
         return [message for _, message in self.sent if isinstance(message, kind)]
 
 
-def hello(rank: int, isa: str = "avx2") -> messages.Hello:
-    return messages.Hello(rank=rank, pid=100 + rank, incarnation=0, host="h", num_threads=1, isa=isa)
+def hello(rank: int, isa: str = "avx2", *, host: str = "elsewhere", pid: int = 100) -> messages.Hello:
+    return messages.Hello(rank=rank, pid=pid, incarnation=0, host=host, num_threads=1, isa=isa)
 
 
 def tokens(request_id: int, position: int, *ids: int, **fields: Any) -> messages.Outputs:
@@ -72,14 +77,36 @@ def request(*prompt: int, choice: int = 0, **params: Any) -> GenerationRequest:
 
 
 @asynccontextmanager
-async def loading(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRanks]]:
+async def loading(
+    num_ranks: int = 1,
+    *,
+    attention_ranks: int | None = None,
+    queue_timeout: float | None = None,
+    **settings: Any,
+) -> AsyncIterator[tuple[Controller, FakeRanks]]:
     """A mesh of ranks that have not said anything yet, each an attention group of its own."""
     model = model_config()
-    mesh = make_mesh(model, num_ranks=num_ranks, attention_tp=1, max_model_len=512, num_cache_blocks=BLOCKS)
+    mesh = make_mesh(
+        model,
+        num_ranks=num_ranks,
+        attention_ranks=attention_ranks,
+        attention_tp=1,
+        max_model_len=512,
+        num_cache_blocks=BLOCKS,
+    )
     placement = even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, num_ranks)
     ranks = FakeRanks()
     controller = Controller(
-        ranks, model_config=model, mesh=mesh, placement=placement, metrics=Metrics(), frontend_pid=1
+        ranks,
+        model_config=model,
+        mesh=mesh,
+        placement=placement,
+        expert_bytes=1,
+        # No test here lasts as long: none of these ranks has a heart.
+        settings=MembershipSettings(**({"suspect_after": 1000.0} | settings)),
+        limits=AdmissionLimits(max_num_seqs=8, restart_tokens=64, max_queued_requests=2, queue_timeout=queue_timeout),
+        metrics=ranks.metrics,
+        frontend_pid=1,
     )
     serving = asyncio.create_task(controller.run())
     try:
@@ -89,10 +116,12 @@ async def loading(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRan
 
 
 @asynccontextmanager
-async def ready(num_ranks: int = 1) -> AsyncIterator[tuple[Controller, FakeRanks]]:
-    async with loading(num_ranks) as (controller, ranks):
+async def ready(
+    num_ranks: int = 1, *, host: str = "elsewhere", pid: int = 100, **fields: Any
+) -> AsyncIterator[tuple[Controller, FakeRanks]]:
+    async with loading(num_ranks, **fields) as (controller, ranks):
         for rank in range(num_ranks):
-            await ranks.say(hello(rank), messages.Ready(rank=rank, num_blocks=BLOCKS))
+            await ranks.say(hello(rank, host=host, pid=pid), messages.Ready(rank=rank, num_blocks=BLOCKS))
         yield controller, ranks
 
 
@@ -191,7 +220,7 @@ def test_requests_go_to_the_group_with_the_least_to_do() -> None:
     async def check() -> None:
         async with ready(2) as (controller, ranks):
             asked = [await started(collect(controller, request(max_tokens=count))) for count in (50, 10, 10)]
-            assert [rank for rank, message in ranks.sent if isinstance(message, messages.Submit)] == [0, 1, 1]
+            assert [life.rank for life, message in ranks.sent if isinstance(message, messages.Submit)] == [0, 1, 1]
             for task in asked:
                 task.cancel()
 
@@ -226,24 +255,44 @@ def test_what_a_rank_cannot_compute_ends_with_its_reason(refused: bool, kind: ty
     run(check())
 
 
-def test_a_rank_that_takes_no_messages_refuses_the_request() -> None:
+def test_a_request_waits_for_a_rank_that_takes_no_messages() -> None:
     async def check() -> None:
         async with ready() as (controller, ranks):
             ranks.full = True
-            with pytest.raises(Overloaded, match="takes no more requests now"):
+            asked = await started(collect(controller, request(max_tokens=1)))
+            assert not ranks.told(messages.Submit)
+            ranks.full = False
+            while not ranks.told(messages.Submit):
+                await asyncio.sleep(0)
+            await ranks.say(tokens(1, 2, 20, finish_reason="length"))
+            assert (await asked)[0].token_ids == [20]
+
+    run(check())
+
+
+def test_no_more_may_wait_than_the_limit_says() -> None:
+    async def check() -> None:
+        async with ready() as (controller, ranks):
+            asked = [await started(collect(controller, request())) for _ in range(14)]
+            assert len(ranks.told(messages.Submit)) == 12
+            with pytest.raises(Overloaded, match="2 requests are waiting, at most 2 may"):
                 await collect(controller, request())
-            assert controller.num_requests == 0
+            await ranks.say(tokens(1, 2, 20, finish_reason="length"))
+            await asked[0]
+            assert len(ranks.told(messages.Submit)) == 13
+            for task in asked:
+                task.cancel()
 
     run(check())
 
 
 def test_a_failed_rank_ends_every_stream() -> None:
     async def check() -> None:
-        async with ready() as (controller, ranks):
+        async with ready(2, respawn=False) as (controller, ranks):
             asked = [await started(collect(controller, request())) for _ in range(2)]
             await ranks.say(messages.Failed(rank=0, error="out of memory"))
             for task in asked:
-                with pytest.raises(EngineFailed, match="rank 0: out of memory"):
+                with pytest.raises(EngineFailed, match="rank 0, with experts that no other rank has: out of memory"):
                     await task
             with pytest.raises(NotReady):
                 await collect(controller, request())

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from mesh_config import MeshConfig, even_placement
+from moemesh.membership import Membership
+from moemesh.membership_records import MembershipSettings
 from moemesh.mesh_view import MeshView
 from transport import messages
 
 
 def _view() -> MeshView:
     mesh = MeshConfig(num_ranks=3, attention_ranks=2, attention_tp=2, max_model_len=64)
-    return MeshView(mesh, even_placement(4, (1, 2), mesh.expert_ranks, 3), frontend_pid=11)
+    placement = even_placement(4, (1, 2), mesh.expert_ranks, 3)
+    membership = Membership(mesh, placement, MembershipSettings())
+    return MeshView(mesh, membership, expert_bytes=10, frontend_pid=11)
 
 
 def _hello(rank: int, isa: str = "avx2") -> messages.Hello:
     return messages.Hello(rank=rank, pid=100 + rank, incarnation=0, host="h", num_threads=1, isa=isa)
-
-
-def test_it_is_ready_when_every_rank_is_up_and_each_change_is_an_epoch() -> None:
-    view = _view()
-    assert view.known_ranks() == []
-    for rank in range(3):
-        assert not view.ready
-        view.note_hello(_hello(rank))
-        view.note_ready(rank, 9)
-    assert view.ready
-    assert view.epoch == 3
-    view.note_failed(1)
-    assert (view.ready, view.epoch) == (False, 4)
 
 
 def test_mesh_describes_every_rank() -> None:
@@ -38,10 +29,14 @@ def test_mesh_describes_every_rank() -> None:
     described = view.describe()
     assert (described["epoch"], described["frontend_pid"]) == (0, 11)
     assert described["attention_groups"] == [[0, 1]]
+    assert described["groups"] == [{"generation": 0, "members": [0, 1]}]
     first, _, last = described["ranks"]
+    assert (first["state"], first["incarnation"], first["reason"]) == ("loading", 0, "starting")
     assert (first["pid"], first["roles"], first["attention_group"]) == (None, ["attention"], 0)
     assert (last["pid"], last["roles"], last["attention_group"]) == (102, ["expert"], None)
-    assert described["placement"]["experts"] == {"1": [2] * 4, "2": [2] * 4}
+    assert [rank["loss"]["cover"] for rank in described["ranks"]] == ["none needed", "none needed", "nothing"]
+    assert last["loss"]["experts_without_replica"] == 8
+    assert described["placement"]["experts"] == {"1": [[2]] * 4, "2": [[2]] * 4}
 
 
 def test_expert_load_adds_up() -> None:

@@ -13,6 +13,7 @@ import torch
 from mesh_config import MeshConfig, load_model_config, make_mesh
 from mesh_config.model_shape import Quantization
 from moemesh.checkpoint import Checkpoint
+from moemesh.heart import StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of
 from moemesh.model import RankModel
@@ -22,6 +23,7 @@ from moemesh.rank_engine import RankEngine
 from moemesh.sampling_params import SamplingParams
 from transport import messages
 from transport.frame import Kind
+from transport.life import Life
 from transport.local_link import LocalNetwork
 
 CPU = torch.device("cpu")
@@ -44,6 +46,9 @@ class LocalControl:
 
     def wait(self, timeout_s: float, also: int | None = None) -> bool:
         return bool(self.inbox)
+
+    def begin_life(self, life: Life) -> None:
+        self.life = life
 
 
 @dataclass
@@ -76,10 +81,13 @@ class LocalMesh:
     ) -> None:
         config = load_model_config(folder)
         self.mesh: MeshConfig = make_mesh(config, num_cache_blocks=num_cache_blocks, **fields)
-        placement = placement_of(config, self.mesh)
+        self.placement = placement = placement_of(config, self.mesh)
         network = LocalNetwork(self.mesh.num_ranks, seed=seed, credit_window=self.mesh.credit_window)
         checkpoint = Checkpoint(folder, config)
         self._random = None if seed is None else random.Random(seed)
+        self._network = network
+        self._dead: set[int] = set()
+        self.reports: list[messages.PeerReport] = []
         self.links = network.links
         self.controls = [LocalControl() for _ in range(self.mesh.num_ranks)]
         self.models: list[RankModel] = []
@@ -100,7 +108,16 @@ class LocalMesh:
             link = network.links[rank]
             idle = IdleWait(control, bell=None, alone=True, crowded=False)
             self.engines.append(
-                build_rank(model, self.mesh, placement, link=link, control=control, device=CPU, idle=idle)
+                build_rank(
+                    model,
+                    self.mesh,
+                    placement,
+                    link=link,
+                    control=control,
+                    device=CPU,
+                    idle=idle,
+                    heart=StillHeart(),
+                )
             )
         self.results: dict[int, Result] = {}
 
@@ -129,9 +146,14 @@ class LocalMesh:
     def cancel(self, request_id: int, *, group: int = 0) -> None:
         self.controls[self.mesh.groups[group][0]].inbox.append(messages.Cancel(request_id=request_id))
 
+    def kill(self, rank: int) -> None:
+        """The rank does nothing more, and its peers learn of it."""
+        self._dead.add(rank)
+        self._network.kill(rank, noticed_after=0.0)
+
     def turn(self) -> bool:
-        """Every engine has a turn; whether any had something to do."""
-        order = list(self.engines)
+        """Every living engine has a turn; whether any had something to do."""
+        order = [engine for rank, engine in enumerate(self.engines) if rank not in self._dead]
         if self._random is not None:
             self._random.shuffle(order)
         busy = [engine.turn() for engine in order]
@@ -140,6 +162,8 @@ class LocalMesh:
                 if isinstance(message, messages.Outputs):
                     for item in message.items:
                         self._take(item)
+                elif isinstance(message, messages.PeerReport):
+                    self.reports.append(message)
             control.sent.clear()
         return any(busy)
 

@@ -67,6 +67,7 @@ SHAPES: list[dict[str, Any]] = [
     {"num_ranks": 5, "attention_ranks": 2, "attention_tp": 2},
     {"num_ranks": 4, "attention_tp": 2, "micro_batches": 2},
     {"num_ranks": 4, "attention_tp": 2, "expert_hold": "on"},
+    {"num_ranks": 4, "attention_tp": 2, "redundant_experts": 7},
     {"num_ranks": 2, "attention_tp": 2, "max_num_batched_tokens": 7},
     {"num_ranks": 1, "max_num_batched_tokens": 1},
     {"num_ranks": 1, "max_num_seqs": 2},

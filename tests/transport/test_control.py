@@ -11,7 +11,20 @@ import zmq
 from transport import control
 from transport.control import ControlClient, ControlServer, CurveKeys, new_curve_keys
 from transport.errors import Overloaded
-from transport.messages import Cancel, Drain, Failed, Hello, Message, Ready, Stop, Submit, encode_message
+from transport.life import Life
+from transport.messages import (
+    Cancel,
+    Drain,
+    Failed,
+    Heard,
+    Heartbeat,
+    Hello,
+    Message,
+    Ready,
+    Stop,
+    Submit,
+    encode_message,
+)
 
 HELLO = Hello(3, 1, 0, "host", 1, "avx2")
 PATIENCE_S = 10.0
@@ -37,14 +50,14 @@ def server_at(endpoint: tuple[str, CurveKeys | None]) -> Iterator[ControlServer]
 
 @contextmanager
 def client_of(server: ControlServer, rank: int, keys: CurveKeys | None) -> Iterator[ControlClient]:
-    client = ControlClient(server.endpoint, rank, keys=keys and keys.for_client())
+    client = ControlClient(server.endpoint, Life(rank), keys=keys and keys.for_client())
     try:
         yield client
     finally:
         client.close()
 
 
-async def heard(server: ControlServer) -> tuple[int, Message]:
+async def heard(server: ControlServer) -> tuple[Life, Message]:
     return await asyncio.wait_for(server.receive(), PATIENCE_S)
 
 
@@ -60,12 +73,12 @@ def test_both_ways_in_order(endpoint: tuple[str, CurveKeys | None]) -> None:
         with server_at(endpoint) as server, client_of(server, 3, endpoint[1]) as client:
             client.send(HELLO)
             client.send(Ready(3, 7))
-            assert await heard(server) == (3, HELLO)
-            assert await heard(server) == (3, Ready(3, 7))
+            assert await heard(server) == (Life(3), HELLO)
+            assert await heard(server) == (Life(3), Ready(3, 7))
             assert client.receive_all() == []
             sent: list[Message] = [Submit(1, [1, 2], {"n": 1}, []), Cancel(1), Drain()]
             for message in sent:
-                server.send(3, message)
+                server.send(Life(3), message)
             got: list[Message] = []
             while len(got) < len(sent):
                 assert client.wait(PATIENCE_S)
@@ -86,8 +99,30 @@ def test_sending_does_not_lose_what_arrives_meanwhile(endpoint: tuple[str, Curve
                 pending = asyncio.ensure_future(heard(server))
                 await asyncio.sleep(0)
                 client.send(Ready(0, number))
-                server.send(0, Cancel(number))
-                assert await pending == (0, Ready(0, number))
+                server.send(Life(0), Cancel(number))
+                assert await pending == (Life(0), Ready(0, number))
+
+    run(body)
+
+
+def test_each_life_has_its_own_name_and_a_heart(endpoint: tuple[str, CurveKeys | None]) -> None:
+    async def body() -> None:
+        keys = endpoint[1] and endpoint[1].for_client()
+        with server_at(endpoint) as server, client_of(server, 1, endpoint[1]) as client:
+            heart = ControlClient(server.endpoint, Life(1, 1), channel="heart", keys=keys)
+            client.send(HELLO)
+            assert await heard(server) == (Life(1), HELLO)
+            client.begin_life(Life(1, 1))
+            client.send(HELLO)
+            assert await heard(server) == (Life(1, 1), HELLO)
+            heart.send(Heartbeat(5, True))
+            assert await heard(server) == (Life(1, 1), Heartbeat(5, True))
+            server.send(Life(1, 1), Heard(), "heart")
+            server.send(Life(1, 1), Stop())
+            for end, expected in ((heart, Heard()), (client, Stop())):
+                assert end.wait(PATIENCE_S)
+                assert end.receive_all() == [expected]
+            heart.close()
 
     run(body)
 
@@ -95,7 +130,7 @@ def test_sending_does_not_lose_what_arrives_meanwhile(endpoint: tuple[str, Curve
 def test_unknown_rank_is_refused(endpoint: tuple[str, CurveKeys | None]) -> None:
     async def body() -> None:
         with server_at(endpoint) as server, pytest.raises(Overloaded, match="rank 9 was not sent"):
-            server.send(9, Stop())
+            server.send(Life(9), Stop())
 
     run(body)
 
@@ -107,11 +142,11 @@ def test_malformed_messages_are_counted_and_skipped(tmp_path: Path) -> None:
         context = zmq.Context()
         with server_at((endpoint, None)) as server, context.socket(zmq.DEALER) as stranger:
             stranger.linger = 0
-            stranger.identity = b"rank 1"
+            stranger.identity = b"rank 1 0"
             stranger.connect(endpoint)
             for parts in ([b"junk"], [b"a", b"b"], [b""], [encode_message(Ready(1, 2))]):
                 stranger.send_multipart(parts)
-            assert await heard(server) == (1, Ready(1, 2))
+            assert await heard(server) == (Life(1), Ready(1, 2))
             assert server.malformed == 3
         context.term()
 
@@ -131,7 +166,7 @@ def test_nameless_peers_are_ignored(tmp_path: Path) -> None:
             stranger.connect(endpoint)
             with client_of(server, 1, None) as client:
                 client.send(HELLO)
-                assert await heard(server) == (1, HELLO)
+                assert await heard(server) == (Life(1), HELLO)
         context.term()
 
     run(body)
@@ -152,7 +187,7 @@ def test_strangers_keys_are_refused() -> None:
             stranger.send(Failed(5, "let me in"))
             with client_of(server, 1, keys) as client:
                 client.send(HELLO)
-                assert await heard(server) == (1, HELLO)
+                assert await heard(server) == (Life(1), HELLO)
             assert server.malformed == 0
 
     run(body)
@@ -161,7 +196,7 @@ def test_strangers_keys_are_refused() -> None:
 def test_server_that_is_not_there_fills_a_bounded_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     monkeypatch.setattr(control, "HIGH_WATER_MARK", 5)
-    client = ControlClient(f"ipc://{tmp_path}/nobody", 0)
+    client = ControlClient(f"ipc://{tmp_path}/nobody", Life(0))
     for number in range(5):
         client.send(Ready(0, number))
     with pytest.raises(Overloaded, match="5 control messages of rank 0 wait"):
@@ -171,7 +206,7 @@ def test_server_that_is_not_there_fills_a_bounded_queue(tmp_path: Path, monkeypa
 
 def test_wait_ends_without_a_message(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    client = ControlClient(f"ipc://{tmp_path}/nobody", 0)
+    client = ControlClient(f"ipc://{tmp_path}/nobody", Life(0))
     assert [client.wait(timeout) for timeout in (0.0, 0.0001, 0.001)] == [False, False, False]
     client.close()
 
@@ -179,13 +214,13 @@ def test_wait_ends_without_a_message(tmp_path: Path) -> None:
 def test_unsafe_endpoints_are_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     with pytest.raises(ValueError, match=r"has mode 0755.* needs 0700"):
-        ControlClient(f"ipc://{tmp_path}/control", 0)
+        ControlClient(f"ipc://{tmp_path}/control", Life(0))
     with pytest.raises(ValueError, match=r"tcp://127.0.0.1:1 needs keys"):
-        ControlClient("tcp://127.0.0.1:1", 0)
+        ControlClient("tcp://127.0.0.1:1", Life(0))
     with pytest.raises(ValueError, match=r"longer than \d+ bytes: set a shorter TMPDIR"):
-        ControlClient(f"ipc:///{'x' * 120}", 0)
+        ControlClient(f"ipc:///{'x' * 120}", Life(0))
     with pytest.raises(ValueError, match="neither ipc:// nor tcp://"):
-        ControlClient("inproc://x", 0)
+        ControlClient("inproc://x", Life(0))
 
 
 def test_ranks_get_no_server_secret() -> None:

@@ -1,0 +1,102 @@
+"""A rank's heart: a thread that tells the frontend a few times a second that the process runs and how its work goes.
+
+The engine thread may be busy, waiting or stuck; the heart beats all the same. What the frontend answers is the rank's
+lease: who has not been heard for a while may have been given up, and begins nothing new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moemesh.membership_records import BEAT_SECONDS
+from transport.control import ControlClient
+from transport.errors import Overloaded
+from transport.life import Life
+from transport.messages import Heard, Heartbeat
+
+LEASE_SECONDS = 2.0
+
+
+@dataclass
+class Pulse:
+    """What the heart tells of the engine; written by the engine's thread, read by the heart's."""
+
+    progress: int = 0
+    working: bool = False
+
+
+class StillHeart:
+    """Of a rank that nobody watches: its lease never ends."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+
+    def lease_holds(self) -> bool:
+        """Always."""
+        return True
+
+    def begin_life(self, life: Life) -> None:
+        """Nobody listens."""
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+
+class Heart:
+    """Beats from `start` to `stop`. `connect` gives a life its socket; it is called in the heart's own thread."""
+
+    def __init__(
+        self,
+        connect: Callable[[Life], ControlClient],
+        life: Life,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connect = connect
+        self._life = life
+        self.pulse = Pulse()
+        self._clock = clock
+        self._heard_at = clock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+
+    def start(self) -> None:
+        """Beat from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Beat no more; waits for the thread, at most about one beat."""
+        self._stopping.set()
+        self._thread.join()
+
+    def begin_life(self, life: Life) -> None:
+        """Beat for another life of this process, with a new lease."""
+        self._heard_at = self._clock()
+        self._life = life
+
+    def lease_holds(self) -> bool:
+        """The frontend has answered within LEASE_SECONDS."""
+        return self._clock() - self._heard_at < LEASE_SECONDS
+
+    def _run(self) -> None:
+        control = self._connect(self._life)
+        try:
+            while not self._stopping.is_set():
+                if control.life != self._life:
+                    control.begin_life(self._life)
+                self._beat(control)
+        finally:
+            control.close()
+
+    def _beat(self, control: ControlClient) -> None:
+        with contextlib.suppress(Overloaded):  # a frontend that takes nothing does not answer either
+            control.send(Heartbeat(progress=self.pulse.progress, working=self.pulse.working))
+        next_beat = self._clock() + BEAT_SECONDS
+        while (left := next_beat - self._clock()) > 0 and not self._stopping.is_set():
+            control.wait(left)
+            if any(isinstance(message, Heard) for message in control.receive_all()):
+                self._heard_at = self._clock()

@@ -1,0 +1,365 @@
+"""Who is in the mesh: events in, instructions out. The one writer of the view. No I/O, no clock.
+
+    loading --ready--> up <--> suspect                      each of them --evidence, or time--> dead
+                       up <--ready-- joining <--a new life-- dead
+
+A new life begins in a new process, or in the old one when that was fenced and is heard of again. Nothing that a dead
+life says or does counts any more.
+
+Suspicion is cheap: a suspect rank is a member still. Death needs evidence: MPI's report, the end or the stop of the
+process seen by the controller itself, or deadlines missed while the controller hears nothing of the rank or of its
+progress. Only `Tick` judges by time, after taking off what the controller itself was late.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mesh_config.mesh import MeshConfig
+from mesh_config.placement import Placement
+from moemesh.membership_records import (
+    TICK_SECONDS,
+    Event,
+    FailMesh,
+    GroupView,
+    Heartbeat,
+    HelloSeen,
+    HostingSeen,
+    Instruction,
+    Kill,
+    Look,
+    MembershipSettings,
+    Note,
+    PeerLate,
+    PeerLost,
+    ProcessEnded,
+    ProcessSeen,
+    PublishView,
+    RankFailed,
+    RankState,
+    RankView,
+    Readmit,
+    ReadySeen,
+    Respawn,
+    RestartGroup,
+    SpawnFailed,
+    Tick,
+    Transition,
+    View,
+)
+from moemesh.rank_record import RankRecord, lost_touch, suspicion, useless
+from transport.life import Life
+
+_LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
+    {
+        ("loading", "up"),
+        ("loading", "dead"),
+        ("up", "suspect"),
+        ("up", "dead"),
+        ("suspect", "up"),
+        ("suspect", "dead"),
+        ("dead", "joining"),
+        ("joining", "up"),
+        ("joining", "dead"),
+    }
+)
+
+
+class Membership:
+    """Feed it every event with the time; carry out what it returns, in order."""
+
+    def __init__(self, mesh: MeshConfig, placement: Placement, settings: MembershipSettings) -> None:
+        self._mesh = mesh
+        self.placement = placement
+        """Which living rank hosts what."""
+        self._settings = settings
+        self._ranks = [RankRecord(rank=rank) for rank in range(mesh.num_ranks)]
+        self._groups = [GroupView(generation=0, members=members) for members in mesh.groups]
+        self._epoch = 0
+        self._started = False
+        self._failed = False
+        self._last_tick: float | None = None
+        self._doubt_since: float | None = None
+        self._out: list[Instruction] = []
+        self._changed = False
+
+    # --- what is known
+
+    @property
+    def view(self) -> View:
+        """The view in force."""
+        ranks = (RankView(incarnation=r.incarnation, state=r.state, reason=r.reason) for r in self._ranks)
+        return View(epoch=self._epoch, ranks=tuple(ranks), groups=tuple(self._groups))
+
+    @property
+    def started(self) -> bool:
+        """Every rank has been up: the mesh is, or was, whole."""
+        return self._started
+
+    @property
+    def degraded(self) -> bool:
+        """Something is missing that was there."""
+        return self._started and not all(record.living for record in self._ranks)
+
+    @property
+    def may_restart(self) -> bool:
+        """The only rank can be started again, by the frontend."""
+        able = self._settings.respawn and self._settings.fault_tolerance
+        return self._started and able and len(self._ranks) == 1
+
+    def is_present(self, life: Life) -> bool:
+        """The life is the rank's present one, dead or not."""
+        return 0 <= life.rank < len(self._ranks) and self._ranks[life.rank].life == life
+
+    def believes(self, life: Life) -> bool:
+        """What this life says of requests counts."""
+        return self.is_present(life) and self._ranks[life.rank].living
+
+    def present(self, rank: int) -> Life:
+        """The rank's present life."""
+        return self._ranks[rank].life
+
+    def serving_groups(self) -> tuple[int, ...]:
+        """Attention groups that can compute sequences."""
+        return tuple(
+            group
+            for group, view in enumerate(self._groups)
+            if view.members and all(self._ranks[member].living for member in view.members)
+        )
+
+    def expert_hosts(self) -> tuple[int, ...]:
+        """Ranks that may host experts and are not lost."""
+        return tuple(rank for rank in self._mesh.expert_ranks if self._ranks[rank].state not in ("dead", "joining"))
+
+    def missing_experts(self) -> tuple[int, ...]:
+        """Ranks that are lost and hosted experts that nobody else has."""
+        lost = [rank for rank in self._mesh.expert_ranks if not self._ranks[rank].living]
+        nowhere = any(not hosts for layer in self.placement.moe_layers for hosts in self.placement.hosts_of(layer))
+        return tuple(lost) if nowhere else ()
+
+    # --- events
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """What is to be done about an event."""
+        match event:
+            case Tick():
+                self._tick(now)
+            case Heartbeat(life, progress, working) if self.is_present(life):
+                self._beat(self._ranks[life.rank], progress, working, now)
+            case HelloSeen(life) if self.is_present(life):
+                self._ranks[life.rank].said_hello = True
+                self._ranks[life.rank].heard_at = now
+            case ReadySeen(life) if self.is_present(life):
+                self._ready(self._ranks[life.rank], now)
+            case PeerLost(reporter, peer) if self.believes(reporter) and self.is_present(peer):
+                self._end(self._ranks[peer.rank], f"{reporter} was told by MPI that it has failed", now)
+            case PeerLate(reporter, peer) if self.believes(reporter) and self.believes(peer):
+                self._late(self._ranks[peer.rank], reporter, now)
+            case ProcessEnded(life) if self.is_present(life):
+                self._end(self._ranks[life.rank], "its process has ended", now)
+            case ProcessSeen(life, stopped) if self.is_present(life):
+                self._seen(self._ranks[life.rank], stopped, now)
+            case RankFailed(life, error) if self.is_present(life):
+                self._die(self._ranks[life.rank], error, now)
+                self._kill(self._ranks[life.rank], now)
+            case HostingSeen(life, experts) if self.is_present(life) and self._ranks[life.rank].state != "dead":
+                self._place(self.placement.hosting(life.rank, experts))
+            case SpawnFailed(life, error) if self.is_present(life):
+                self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
+        return self._conclude()
+
+    def _ready(self, record: RankRecord, now: float) -> None:
+        if record.state in ("loading", "joining"):
+            record.forgive(now)
+            self._move(record, "up", "", now)
+
+    def _late(self, record: RankRecord, reporter: Life, now: float) -> None:
+        record.note_late(reporter.rank, now)
+        self._suspect(record, now)
+
+    def _seen(self, record: RankRecord, stopped: bool, now: float) -> None:
+        if not stopped:
+            record.seen_running_at = now
+        elif record.state == "suspect":
+            self._die(record, "its process is stopped", now)
+
+    def _beat(self, record: RankRecord, progress: int, working: bool, now: float) -> None:
+        record.beat(progress, working, now)
+        fenced = record.state == "dead" and not record.ended and record.killed_at is None
+        if fenced and self._started and now >= record.retry_at:
+            before = record.life
+            record.begin_life(now)
+            record.said_hello = True  # the process is there
+            self._move(record, "joining", "alive again: readmitted", now)
+            self._out.append(Readmit(before, record.incarnation))
+
+    # --- time
+
+    def _tick(self, now: float) -> None:
+        late_by = math.inf if self._last_tick is None else now - self._last_tick - TICK_SECONDS
+        self._last_tick = now
+        if late_by > self._settings.own_lateness:
+            self._excuse_itself(late_by, now)
+        for record in self._ranks:
+            record.forget_late(now, self._settings.late_memory)
+            self._suspect(record, now)
+        self._judge(now)
+        for record in self._ranks:
+            self._bring_back(record, now)
+
+    def _excuse_itself(self, late_by: float, now: float) -> None:
+        """What it did not hear while it was away is nobody's fault."""
+        if late_by < math.inf:
+            self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
+        for record in self._ranks:
+            record.shift(late_by, now)
+        if self._doubt_since is not None:
+            self._doubt_since = min(now, self._doubt_since + late_by)
+
+    def _suspect(self, record: RankRecord, now: float) -> None:
+        if not record.living:
+            return
+        reason = suspicion(record, now, self._settings)
+        if reason and record.state == "up":
+            self._move(record, "suspect", reason, now)
+        elif not reason and record.state == "suspect":
+            self._move(record, "up", "", now)
+
+    def _judge(self, now: float) -> None:
+        """Deaths by time. Where most seem ill, the one who looks may be."""
+        suspects = [record for record in self._ranks if record.state == "suspect"]
+        for record in suspects:
+            self._out.append(Look(record.life))
+        if 2 * len(suspects) <= sum(record.living for record in self._ranks):
+            self._doubt_since = None
+        elif self._doubt_since is None:
+            self._doubt_since = now
+        if self._doubt_since is not None and now - self._doubt_since < self._settings.doubt:
+            return
+        working = {r.rank for r in self._ranks if r.living and r.working and self._mesh.group_of(r.rank) is not None}
+        for record in suspects:
+            if reason := lost_touch(record, now, self._settings):
+                self._die(record, reason, now)
+            elif reason := useless(record, now, self._settings, callers=working - {record.rank}):
+                self._die(record, reason, now)
+                self._kill(record, now)
+
+    def _bring_back(self, record: RankRecord, now: float) -> None:
+        """Kill a fenced rank whose grace is over; begin the next life of one that has ended."""
+        settings = self._settings
+        if record.state == "joining":
+            self._watch_joining(record, now)
+            return
+        if record.state != "dead" or not self._started:
+            return
+        if not record.ended:
+            if now - record.since > settings.stop_grace:
+                self._kill(record, now)
+            if record.killed_at is not None and now - record.killed_at > settings.stop_grace:
+                record.ended = True  # out of sight; its life is fenced whatever it does
+            return
+        spawner = next((other.rank for other in self._ranks if other.living), None)
+        alone = len(self._ranks) == 1
+        if settings.respawn and settings.fault_tolerance and now >= record.retry_at and (alone or spawner is not None):
+            record.begin_life(now, spawner=spawner)
+            self._move(record, "joining", "respawned", now)
+            self._out.append(Respawn(record.life, spawner))
+
+    def _watch_joining(self, record: RankRecord, now: float) -> None:
+        silent, spawner = now - record.heard_at, record.spawner
+        if record.said_hello:
+            if silent > self._settings.starved_dead:
+                self._die(record, f"its heart has been silent for {silent:.1f} s", now)
+        elif spawner is not None and not self._ranks[spawner].living:
+            self._end(record, f"cannot respawn: rank {spawner}, which was to start it, is gone", now)
+        elif silent > self._settings.hello_timeout:
+            self._end(record, f"cannot respawn: the new process has not said hello for {silent:.0f} s", now)
+
+    # --- changes
+
+    def _end(self, record: RankRecord, reason: str, now: float) -> None:
+        record.ended = True
+        self._die(record, reason, now)
+
+    def _kill(self, record: RankRecord, now: float) -> None:
+        if not record.ended and record.killed_at is None:
+            record.killed_at = now
+            self._out.append(Kill(record.life))
+
+    def _die(self, record: RankRecord, reason: str, now: float) -> None:
+        if record.state == "dead":
+            return
+        settings = self._settings
+        if record.living and now - record.since >= settings.steady_after:
+            record.failures = 0
+        delay = settings.backoff * 2.0 ** (record.failures - 1) if record.failures else 0.0
+        record.failures += 1
+        record.retry_at = now + min(delay, settings.longest_backoff)
+        self._move(record, "dead", reason, now)
+        if self.placement.experts_of(record.rank):
+            self._place(self.placement.without({record.rank}))
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._changed = True
+
+    def _move(self, record: RankRecord, state: RankState, reason: str, now: float) -> None:
+        before = record.state
+        if (before, state) not in _LEGAL:
+            raise AssertionError(f"{record} cannot become {state} ({reason})")
+        if {before, state} != {"up", "suspect"}:
+            record.since = now
+        record.state, record.reason = state, reason
+        self._changed = True
+        self._out.append(Transition(record.life, before, state, reason))
+
+    def _conclude(self) -> list[Instruction]:
+        """Groups follow their members, the view follows both."""
+        if self._changed:
+            self._started = self._started or all(record.state == "up" for record in self._ranks)
+            for group, view in enumerate(self._groups):
+                self._follow(group, view)
+            self._epoch += 1
+            self._out.append(PublishView(self.view, self.placement))
+            self._changed = False
+        self._check_hope()
+        out, self._out = self._out, []
+        return out
+
+    def _follow(self, group: int, view: GroupView) -> None:
+        wanted = self._mesh.groups[group]
+        gone = next((member for member in wanted if self._ranks[member].state in ("dead", "joining")), None)
+        if gone is not None and view.members:
+            self._groups[group] = GroupView(generation=view.generation + 1, members=())
+            record = self._ranks[gone]
+            self._out.append(RestartGroup(group, f"{record.life}: {record.reason}"))
+        elif gone is None and not view.members:
+            self._groups[group] = GroupView(generation=view.generation + 1, members=wanted)
+
+    def _check_hope(self) -> None:
+        """FailMesh when it cannot serve and nothing can change that."""
+        dead = [record for record in self._ranks if record.state == "dead"]
+        if self._failed or not dead:
+            return
+        if not self._settings.fault_tolerance or not self._started:
+            self._fail(f"{dead[0].life}: {dead[0].reason}")
+            return
+        missing = self.missing_experts()
+        if (self.serving_groups() and not missing) or self._may_return():
+            return
+        lost = self._ranks[missing[0]] if missing else dead[0]
+        what = "experts that no other rank has" if missing else "the last attention group"
+        self._fail(f"{lost.life}, with {what}: {lost.reason}")
+
+    def _may_return(self) -> bool:
+        """Some rank may yet become what is missing."""
+        if any(record.state == "joining" for record in self._ranks):
+            return True
+        if any(record.state == "dead" and not record.ended and record.killed_at is None for record in self._ranks):
+            return True
+        can_spawn = len(self._ranks) == 1 or any(record.living for record in self._ranks)
+        return self._settings.respawn and can_spawn
+
+    def _fail(self, reason: str) -> None:
+        self._failed = True
+        self._out.append(FailMesh(reason))

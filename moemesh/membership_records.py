@@ -1,0 +1,280 @@
+"""What membership is told, what it says is to be done, and the view that it publishes. Plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh_config.placement import Placement
+from transport.life import Life
+
+RankState = Literal["loading", "up", "suspect", "dead", "joining"]
+"""`suspect` ranks are members still, asked as before and hedged; `dead` ones are fenced: nothing of them counts."""
+
+LIVING: frozenset[RankState] = frozenset({"up", "suspect"})
+"""The states in which a rank serves."""
+
+
+# --- the view
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankView:
+    """One rank, and why it is in its state."""
+
+    incarnation: int
+    state: RankState
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupView:
+    """An attention group: `members`, the leader first, or () while it computes nothing.
+
+    `generation` grows exactly when the members, or the life of one of them, change.
+    """
+
+    generation: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """Who is in the mesh; ranks and groups by number. A later view has a higher epoch."""
+
+    epoch: int
+    ranks: tuple[RankView, ...]
+    groups: tuple[GroupView, ...]
+
+    def living(self) -> tuple[int, ...]:
+        """Ranks that serve."""
+        return tuple(rank for rank, record in enumerate(self.ranks) if record.state in LIVING)
+
+
+# --- events. Each names the lives it is about; one about another life than the present one changes nothing.
+
+
+@dataclass(frozen=True, slots=True)
+class HelloSeen:
+    """A rank's process is there."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class ReadySeen:
+    """A rank can compute."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A rank's heart beats. `progress` counts what its engine has done; `working`: it has something to do."""
+
+    life: Life
+    progress: int
+    working: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """MPI told the reporter that the peer's process has failed."""
+
+    reporter: Life
+    peer: Life
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLate:
+    """The peer missed the deadline of a call of the reporter's."""
+
+    reporter: Life
+    peer: Life
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """The rank's process is gone: seen by the controller itself, on its own host."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSeen:
+    """What became of a `Look`: the process is there, and `stopped` by a signal or not."""
+
+    life: Life
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """The rank itself says that it cannot go on."""
+
+    life: Life
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostingSeen:
+    """The rank can answer for these experts of each layer, whether or not it could before."""
+
+    life: Life
+    experts: Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnFailed:
+    """The process of a life that was to begin could not be started."""
+
+    life: Life
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. To come every `TICK_SECONDS`: only here are deadlines looked at."""
+
+
+Event = (
+    HelloSeen
+    | ReadySeen
+    | Heartbeat
+    | PeerLost
+    | PeerLate
+    | ProcessEnded
+    | ProcessSeen
+    | RankFailed
+    | HostingSeen
+    | SpawnFailed
+    | Tick
+)
+
+
+# --- instructions
+
+
+@dataclass(frozen=True, slots=True)
+class PublishView:
+    """Tell every rank that serves."""
+
+    view: View
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class RestartGroup:
+    """The group has lost its cache: its sequences are to be computed again, elsewhere or when it is back."""
+
+    group: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Look at the process of a rank, if it is on this host, and say ProcessSeen or ProcessEnded."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL the process of a rank, if it is on this host."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class Readmit:
+    """Tell a rank that was fenced and is alive to drop all sequences and go on as `incarnation`."""
+
+    life: Life
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Respawn:
+    """Have a new process started as `life`, `by` a surviving rank; None: by the frontend itself."""
+
+    life: Life
+    by: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailMesh:
+    """The mesh can serve no longer; said once."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """For the log and the metrics: a rank has changed its state."""
+
+    life: Life
+    before: RankState
+    after: RankState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """For the log."""
+
+    text: str
+
+
+Instruction = PublishView | RestartGroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | Note
+
+
+# --- settings
+
+TICK_SECONDS = 0.05
+BEAT_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipSettings:
+    """All times in seconds.
+
+    A rank is suspect when its heart is silent for `suspect_after`, when a peer has reported it late within
+    `late_memory`, or when its heart beats but its work has stood still for `stuck_after`. A suspect one is dead when
+
+    - its heart is silent for `silent_dead`, or for `starved_dead` where its process was seen, and not as stopped,
+    - or it is late without pause for `slow_dead` in the eyes of at least half of its peers, or for `stuck_dead` without
+      progress,
+
+    but not while more than half of the mesh is suspect, at most for `doubt`. It is dead at once when its process has
+    ended or is stopped. One that is alive may come back, as a new life, until `stop_grace` is over; then it is killed.
+
+    A lost process is replaced at once, with `backoff`, doubled each time up to `longest_backoff`, from the second
+    death in a row on of which none came after `steady_after` of service.
+
+    Without `fault_tolerance` nobody is suspected, and a lost process is the end of the mesh.
+    """
+
+    fault_tolerance: bool = True
+    respawn: bool = True
+    stop_grace: float = 15.0
+    suspect_after: float = 0.4
+    silent_dead: float = 1.5
+    starved_dead: float = 10.0
+    stuck_after: float = 2.0
+    stuck_dead: float = 10.0
+    slow_dead: float = 5.0
+    late_memory: float = 1.0
+    own_lateness: float = 0.2
+    doubt: float = 3.0
+    hello_timeout: float = 60.0
+    backoff: float = 1.0
+    longest_backoff: float = 60.0
+    steady_after: float = 10.0
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, bool) and value < 0:
+                raise ValueError(f"{item.name} must not be negative, is {value}")

@@ -1,0 +1,233 @@
+"""The controller's side of the ranks: tells membership what happens and carries out what it says.
+
+The only writer of the mesh's view. Lives on the frontend's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Protocol
+
+from mesh_config.mesh import MeshConfig
+from mesh_config.placement import Placement
+from moemesh.membership import Membership
+from moemesh.membership_records import (
+    LIVING,
+    Event,
+    FailMesh,
+    Heartbeat,
+    HelloSeen,
+    HostingSeen,
+    Instruction,
+    Kill,
+    Look,
+    MembershipSettings,
+    Note,
+    PeerLate,
+    PeerLost,
+    ProcessEnded,
+    PublishView,
+    RankFailed,
+    Readmit,
+    ReadySeen,
+    Respawn,
+    RestartGroup,
+    Transition,
+    View,
+)
+from moemesh.mesh_view import MeshView
+from moemesh.metrics import Metrics
+from moemesh.process_watch import ProcessWatch
+from transport import messages
+from transport.control import Channel
+from transport.errors import Overloaded
+from transport.life import Life
+
+logger = logging.getLogger(__name__)
+
+
+class ControlPlane(Protocol):
+    """The frontend's end of the control plane; `ControlServer` is the real one."""
+
+    def send(self, life: Life, message: messages.Message, channel: Channel = "rank") -> None: ...
+
+    async def receive(self) -> tuple[Life, messages.Message]: ...
+
+
+class MeshListener(Protocol):
+    """Who has requests on the mesh."""
+
+    def group_lost(self, group: int, reason: str) -> None:
+        """The group's sequences are to be computed again, elsewhere or when it is back."""
+
+    def mesh_failed(self, reason: str) -> None:
+        """The mesh can serve no longer."""
+
+    def mesh_changed(self) -> None:
+        """There is a new view."""
+
+
+class MeshControl:
+    """Ranks in, view out. `listener` hears what concerns requests."""
+
+    def __init__(
+        self,
+        server: ControlPlane,
+        listener: MeshListener,
+        *,
+        mesh: MeshConfig,
+        placement: Placement,
+        expert_bytes: int,
+        settings: MembershipSettings,
+        metrics: Metrics,
+        frontend_pid: int,
+    ) -> None:
+        self._server = server
+        self._listener = listener
+        self._mesh = mesh
+        self._metrics = metrics
+        self._watch = ProcessWatch(self.tell)
+        self._events: deque[Event] = deque()
+        self._placed: dict[Life, int] = {}
+        self._stopping = False
+        self._respawns: asyncio.Queue[Life] = asyncio.Queue()
+        self.membership = Membership(mesh, placement, settings)
+        self.view = MeshView(mesh, self.membership, expert_bytes=expert_bytes, frontend_pid=frontend_pid)
+
+    def close(self) -> None:
+        """Watch nobody any more."""
+        self._watch.close()
+
+    def hear(self, life: Life, message: messages.Message) -> None:
+        """A message of a rank about itself or its peers."""
+        if not self.membership.is_present(life):
+            self._metrics.stale_messages.inc()
+            return
+        match message:
+            case messages.Heartbeat(progress=progress, working=working):
+                self.tell(Heartbeat(life, progress, working))
+                self.send(life, messages.Heard(), "heart")
+            case messages.Hello():
+                self._hello(life, message)
+            case messages.Progress(stage=stage, done=done, total=total):
+                self.view.note_progress(life.rank, stage, done, total)
+            case messages.Ready(num_blocks=num_blocks):
+                self.view.note_ready(life.rank, num_blocks)
+                self.tell(ReadySeen(life))
+            case messages.Failed(error=error):
+                self.tell(RankFailed(life, error))
+            case messages.Hosting(experts=experts):
+                self.tell(HostingSeen(life, experts))
+            case messages.PeerReport(peer=peer, incarnation=incarnation, evidence=evidence):
+                kind = PeerLost if evidence == "failed" else PeerLate
+                self.tell(kind(life, Life(peer, incarnation)))
+            case _:
+                logger.warning("%s sent a %s, which only the frontend sends", life, type(message).__name__)
+
+    def tell(self, event: Event) -> None:
+        """Something has happened: see to what is to be done about it.
+
+        What is found out while doing so waits its turn, or an older view would be published after a newer one.
+        """
+        if self._stopping:
+            return
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            for instruction in self.membership.handle(self._events[0], time.monotonic()):
+                self._carry_out(instruction)
+            self._events.popleft()
+
+    def send(self, life: Life, message: messages.Message, channel: Channel = "rank") -> bool:
+        """Whether the message is on its way; a life that is over takes none."""
+        try:
+            self._server.send(life, message, channel)
+        except Overloaded:
+            return False
+        return True
+
+    def send_leader(self, group: int, message: messages.Message) -> bool:
+        """The same, to the leader of an attention group."""
+        return self.send(self.membership.present(self._mesh.groups[group][0]), message)
+
+    def stop_ranks(self) -> None:
+        """Tell every rank to end; what happens to them from here on is no news."""
+        self._stopping = True
+        for rank in self.view.known_ranks():
+            self.send(self.membership.present(rank), messages.Stop())
+
+    async def next_life(self, ended: Life) -> Life:
+        """The life to begin after that one, whose process was the frontend's own: when membership says so."""
+        self.tell(ProcessEnded(ended))
+        return await self._respawns.get()
+
+    def _hello(self, life: Life, hello: messages.Hello) -> None:
+        """Give a rank the plan it loads by, unless its arithmetic differs from the others'."""
+        self.view.note_hello(hello)
+        self._watch.watch(life, hello.pid, hello.host)
+        self.tell(HelloSeen(life))
+        sets = self.view.instruction_sets()
+        if len(set(sets.values())) > 1:
+            self.tell(
+                RankFailed(
+                    life, f"ranks differ in their instruction set ({sets}): tokens would depend on who computes them"
+                )
+            )
+            self._watch.kill(life)
+            return
+        self.send(life, messages.Start(config=self._mesh.to_dict()))
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case PublishView(view, placement):
+                self._publish(view, placement)
+            case Transition():
+                self._note_transition(instruction)
+            case RestartGroup(group, reason):
+                self._listener.group_lost(group, reason)
+            case Look(life):
+                seen = self._watch.look(life)
+                if seen is not None:
+                    self.tell(seen)
+            case Kill(life):
+                self._watch.kill(life)
+            case Readmit(life, incarnation):
+                self._watch.rename(life, Life(life.rank, incarnation))
+                self._metrics.ranks.rename(life.rank, incarnation)
+                self.send(life, messages.Readmit(incarnation=incarnation))
+            case Respawn(life):
+                self._respawns.put_nowait(life)
+            case FailMesh(reason):
+                self._listener.mesh_failed(reason)
+            case Note(text):
+                logger.warning("%s", text)
+
+    def _publish(self, view: View, placement: Placement) -> None:
+        self._metrics.epoch.set(view.epoch)
+        message = messages.View(
+            epoch=view.epoch,
+            incarnations=[record.incarnation for record in view.ranks],
+            states=[record.state for record in view.ranks],
+            groups=[messages.GroupMembers(group.generation, list(group.members)) for group in view.groups],
+        )
+        hosts = {layer: [list(ranks) for ranks in placement.hosts_of(layer)] for layer in placement.moe_layers}
+        for rank in view.living():
+            life = Life(rank, view.ranks[rank].incarnation)
+            # Everybody plans the first placement alike.
+            if self._placed.get(life, 0) != placement.version:
+                self._placed[life] = placement.version
+                self.send(life, messages.Place(placement.version, hosts))
+            self.send(life, message)
+        self._listener.mesh_changed()
+
+    def _note_transition(self, change: Transition) -> None:
+        level = logging.INFO if change.after in ("up", "joining") else logging.WARNING
+        reason = f": {change.reason}" if change.reason else ""
+        logger.log(level, "%s: %s -> %s%s", change.life, change.before, change.after, reason)
+        rank = change.life.rank
+        self._metrics.transitions.labels(str(rank), change.after).inc()
+        self._metrics.set_rank_up(rank, change.after in LIVING)

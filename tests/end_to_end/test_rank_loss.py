@@ -1,0 +1,103 @@
+"""A rank is killed or stopped while it computes: every answer comes, with exactly the tokens it would have had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+
+from tests.end_to_end.harness import ANSWER_SECONDS, SMALL_CACHE, Mesh, eventually, running_server, serving
+from tests.end_to_end.probes import substance
+
+# Two attention groups of one rank each, two ranks with the experts.
+SPLIT = ("--ranks", "4", "--attention-ranks", "2", "--attention-tp", "1")
+
+REQUESTS: list[dict[str, Any]] = [
+    {
+        "prompt": [5 + index] * (10 + index),
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "logprobs": 1,
+        "return_tokens_as_token_ids": True,
+        "temperature": 0.8 * (index % 2),
+        "seed": index,
+    }
+    for index in range(6)
+]
+
+
+def answers_with(
+    mesh: Mesh, requests: Sequence[Mapping[str, Any]], *, when_they_run: Callable[[], object]
+) -> list[list[Any]]:
+    """The answers to requests sent all at once; something happens when some of their tokens have come."""
+    before = mesh.total("moemesh_generation_tokens_total")
+    with ThreadPoolExecutor(1) as thread:
+        bodies = thread.submit(mesh.complete_all, requests)
+        eventually(lambda: mesh.total("moemesh_generation_tokens_total") > before + 100, what="tokens come")
+        when_they_run()
+        return [substance(body) for body in bodies.result()]
+
+
+def rank_of(mesh: Mesh, rank: int) -> dict[str, Any]:
+    """What /mesh says of a rank."""
+    found: dict[str, Any] = mesh.get("/mesh").body["ranks"][rank]
+    return found
+
+
+def process_of(mesh: Mesh, rank: int) -> psutil.Process:
+    return psutil.Process(rank_of(mesh, rank)["pid"])
+
+
+def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
+    with running_server(*SPLIT, *SMALL_CACHE, "--stop-grace", "180") as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
+        assert rank_of(mesh, 1)["state"] == "dead"
+        process_of(mesh, 1).resume()
+        eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
+        assert rank_of(mesh, 1)["incarnation"] == 1
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 0).kill) == expected
+        health = mesh.get("/health")
+        assert (health.status, health.body["degraded"]) == (200, True)
+        assert rank_of(mesh, 0)["state"] == "dead"
+        assert mesh.total("moemesh_request_restarts_total") > 0
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
+
+
+def test_ranks_with_replicas_of_their_experts_are_stopped_and_killed() -> None:
+    """Every rank has both roles and a group of its own, every expert two hosts."""
+    every_expert_twice = ("--ranks", "4", "--attention-tp", "1", "--redundant-experts", "256", "--stop-grace", "180")
+    with running_server(*every_expert_twice, *SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
+        assert rank_of(mesh, 1)["state"] == "dead"
+        process_of(mesh, 1).resume()
+        eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 2).kill) == expected
+        assert mesh.get("/health").status == 200
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
+
+
+def test_the_only_rank_is_killed() -> None:
+    with running_server(*SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 0).kill) == expected
+        assert rank_of(mesh, 0)["incarnation"] == 1
+        assert mesh.get("/health").body["degraded"] is False
+
+
+def test_without_respawn_the_only_rank_is_the_mesh() -> None:
+    with serving("--respawn", "off", *SMALL_CACHE) as mesh:
+        process_of(mesh, 0).kill()
+        assert mesh.process.wait(ANSWER_SECONDS) == 1
+        assert "the mesh has failed: rank 0, with" in mesh.log
+        mesh.wait_gone()

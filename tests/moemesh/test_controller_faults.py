@@ -1,0 +1,169 @@
+"""The controller when ranks are lost: requests go on elsewhere, no token comes twice, the dead are not believed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import pytest
+
+from moemesh.engine_client import EngineFailed, Overloaded
+from tests.moemesh.test_controller import FakeRanks, collect, ready, request, run, started, tokens
+from transport import messages
+from transport.life import Life
+
+FAILED = messages.Failed(rank=0, error="out of memory")
+
+
+def submits(ranks: FakeRanks) -> list[tuple[int, int, list[int]]]:
+    """(rank, request, tokens so far) of all that were given out."""
+    sent = [(life.rank, message) for life, message in ranks.sent if isinstance(message, messages.Submit)]
+    return [(rank, submit.request_id, submit.generated) for rank, submit in sent]
+
+
+def test_requests_of_a_lost_group_go_on_in_another() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (controller, ranks):
+            asked = [await started(collect(controller, request(max_tokens=4, seed=9))) for _ in range(2)]
+            await ranks.say(tokens(1, 2, 20, 21), by=Life(0))
+            await ranks.say(FAILED)
+            assert submits(ranks) == [(0, 1, []), (1, 2, []), (1, 1, [20, 21])]
+            seeds = {submit.params["seed"] for submit in ranks.told(messages.Submit) if submit.request_id == 1}
+            assert len(seeds) == 1, "the same draws"
+            await ranks.say(tokens(1, 4, 99), by=Life(0))  # of the dead nothing is believed
+            await ranks.say(tokens(1, 3, 21, 22), tokens(1, 5, 23, finish_reason="length"), by=Life(1))
+            assert [token for output in await asked[0] for token in output.token_ids] == [20, 21, 22, 23]
+            status = controller.status()
+            assert (status.ready, status.degraded) == (True, True)
+            assert status.detail == "rank 0 is dead: out of memory"
+            assert controller.mesh()["ranks"][0]["reason"] == "out of memory"
+            asked[1].cancel()
+
+    run(check())
+
+
+def test_views_are_published_to_who_lives() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (_, ranks):
+            await ranks.say(FAILED)
+            last = [(life, message) for life, message in ranks.sent if isinstance(message, messages.View)][-2:]
+            assert [life for life, _ in last] == [Life(1), Life(2)]
+            view = last[0][1]
+            assert view.states == ["dead", "up", "up"]
+            assert [(group.generation, group.members) for group in view.groups] == [(1, []), (0, [1])]
+            epochs = [message.epoch for life, message in ranks.sent if isinstance(message, messages.View)]
+            assert epochs == sorted(epochs)
+
+    run(check())
+
+
+def test_a_wrong_replay_is_counted_and_never_sent() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=3)))
+            await ranks.say(tokens(1, 2, 20, 21))
+            await ranks.say(FAILED)
+            await ranks.say(tokens(1, 2, 20, 66, 22, finish_reason="length"), by=Life(1))
+            assert [token for output in await asked for token in output.token_ids] == [20, 21, 22]
+            assert b"moemesh_replay_mismatch_total 1.0" in ranks.metrics.render()
+            assert b"moemesh_request_restarts_total 1.0" in ranks.metrics.render()
+
+    run(check())
+
+
+def test_a_request_that_seems_to_kill_its_ranks_ends() -> None:
+    async def check() -> None:
+        async with ready(5, attention_ranks=4) as (controller, ranks):
+            asked = await started(collect(controller, request()))
+            for rank in range(3):
+                assert submits(ranks)[-1][0] == rank
+                await ranks.say(messages.Failed(rank=rank, error="boom"))
+            with pytest.raises(EngineFailed, match=r"each of the last 3 failures: rank 2: boom"):
+                await asked
+            assert controller.status().ready, "it serves the others"
+
+    run(check())
+
+
+def test_a_token_in_between_shows_that_a_request_is_harmless() -> None:
+    async def check() -> None:
+        async with ready(5, attention_ranks=4) as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=9)))
+            for rank in range(3):
+                await ranks.say(tokens(1, 2 + rank, 20 + rank), by=Life(rank))
+                await ranks.say(messages.Failed(rank=rank, error="boom"))
+            assert submits(ranks)[-1] == (3, 1, [20, 21, 22])
+            asked.cancel()
+
+    run(check())
+
+
+def test_a_rank_that_mpi_says_has_failed() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (controller, ranks):
+            await ranks.say(messages.PeerReport(peer=0, incarnation=3, evidence="failed"), by=Life(2))
+            await ranks.say(messages.PeerReport(peer=0, incarnation=0, evidence="late"), by=Life(2))
+            assert controller.mesh()["ranks"][0]["state"] == "suspect"
+            await ranks.say(messages.PeerReport(peer=0, incarnation=0, evidence="failed"), by=Life(2))
+            assert controller.mesh()["ranks"][0]["state"] == "dead"
+
+    run(check())
+
+
+def test_the_last_groups_requests_end_with_it() -> None:
+    async def check() -> None:
+        async with ready(2, attention_ranks=1, respawn=False) as (controller, ranks):
+            asked = await started(collect(controller, request()))
+            await ranks.say(FAILED)
+            with pytest.raises(EngineFailed, match="rank 0, with the last attention group: out of memory"):
+                await asked
+
+    run(check())
+
+
+def test_the_only_rank_begins_another_life_and_its_requests_with_it() -> None:
+    async def check() -> None:
+        async with ready(1, host=socket.gethostname(), pid=os.getpid()) as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=3)))
+            waiting = await started(collect(controller, request(max_tokens=1)))
+            await ranks.say(tokens(1, 2, 20))
+            assert controller.may_restart
+            assert await controller.next_life(Life(0)) == Life(0, 1)
+            assert not controller.status().ready
+            assert "cannot serve: rank 0 is joining" in controller.status().detail
+            await ranks.say(tokens(1, 3, 77), by=Life(0))
+            await ranks.say(messages.Ready(rank=0, num_blocks=4), by=Life(0, 1))
+            assert submits(ranks)[2:] == [(0, 1, [20]), (0, 2, [])]
+            await ranks.say(tokens(1, 3, 21, 22, finish_reason="length"), by=Life(0, 1))
+            assert [token for output in await asked for token in output.token_ids] == [20, 21, 22]
+            waiting.cancel()
+
+    run(check())
+
+
+def test_who_waits_too_long_is_turned_away() -> None:
+    async def check() -> None:
+        async with ready(queue_timeout=0.0) as (controller, ranks):
+            ranks.full = True
+            asked = await started(collect(controller, request()))
+            with pytest.raises(Overloaded, match="waited for too long"):
+                await asked
+
+    run(check())
+
+
+def test_hearts_are_answered_and_who_was_given_up_is_readmitted() -> None:
+    async def check() -> None:
+        impatient = {"suspect_after": 0.0, "silent_dead": 0.0, "doubt": 0.0}
+        async with ready(1, **impatient) as (controller, ranks):
+            while controller.mesh()["ranks"][0]["state"] != "dead":
+                await asyncio.sleep(0)
+            await ranks.say(messages.Heartbeat(progress=1, working=False), by=Life(0))
+            assert (Life(0), messages.Heard()) in ranks.sent
+            assert (Life(0), messages.Readmit(incarnation=1)) in ranks.sent
+            await ranks.say(messages.Ready(rank=0, num_blocks=4), by=Life(0, 1))
+            assert controller.mesh()["ranks"][0]["state"] == "up"
+            assert controller.mesh()["ranks"][0]["incarnation"] == 1
+
+    run(check())

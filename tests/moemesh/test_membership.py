@@ -1,0 +1,447 @@
+"""Membership: who is believed, suspected, fenced and brought back, event by event."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import pytest
+
+from mesh_config import MeshConfig, even_placement
+from moemesh.membership import Membership
+from moemesh.membership_records import (
+    TICK_SECONDS,
+    Event,
+    FailMesh,
+    Heartbeat,
+    HelloSeen,
+    HostingSeen,
+    Instruction,
+    Kill,
+    Look,
+    MembershipSettings,
+    Note,
+    PeerLate,
+    PeerLost,
+    ProcessEnded,
+    ProcessSeen,
+    PublishView,
+    RankFailed,
+    Readmit,
+    ReadySeen,
+    Respawn,
+    RestartGroup,
+    SpawnFailed,
+    Tick,
+    Transition,
+)
+from transport.life import Life
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """A membership with a clock, and hearts that beat unless they are `silent`."""
+
+    def __init__(
+        self,
+        num_ranks: int = 4,
+        *,
+        attention_ranks: int | None = 2,
+        tp: int = 1,
+        redundant: int = 0,
+        **settings: Any,
+    ) -> None:
+        mesh = MeshConfig(num_ranks=num_ranks, attention_ranks=attention_ranks, attention_tp=tp, max_model_len=64)
+        placement = even_placement(4, (1,), mesh.expert_ranks, num_ranks, redundant=redundant)
+        self.num_ranks = num_ranks
+        self.now = 100.0
+        self.silent: set[int] = set()
+        self.working: set[int] = set()
+        self.stuck: set[int] = set()
+        self.progress = 0
+        self.membership = Membership(mesh, placement, MembershipSettings(**settings))
+
+    def tell(self, *events: Event) -> list[Instruction]:
+        return [instruction for event in events for instruction in self.membership.handle(event, self.now)]
+
+    def start(self) -> Mesh:
+        for rank in range(self.num_ranks):
+            self.tell(HelloSeen(Life(rank)), ReadySeen(Life(rank)))
+        return self
+
+    def wait(self, seconds: float, *also: Event) -> list[Instruction]:
+        """Beats and ticks for a while, `also` before each tick."""
+        out: list[Instruction] = []
+        for _ in range(round(seconds / TICK_SECONDS)):
+            self.now += TICK_SECONDS
+            self.progress += 1
+            for rank in range(self.num_ranks):
+                if rank not in self.silent:
+                    progress = 0 if rank in self.stuck else self.progress
+                    out += self.tell(Heartbeat(self.membership.present(rank), progress, rank in self.working))
+            out += self.tell(*also, Tick())
+        return out
+
+    def states(self) -> list[str]:
+        return [record.state for record in self.membership.view.ranks]
+
+
+def of(kind: type[T], instructions: list[Instruction]) -> list[T]:
+    return [instruction for instruction in instructions if isinstance(instruction, kind)]
+
+
+def test_ranks_come_up_and_each_change_is_an_epoch() -> None:
+    mesh = Mesh(3)
+    assert mesh.states() == ["loading"] * 3
+    assert mesh.tell(HelloSeen(Life(0))) == []
+    (up, published) = mesh.tell(ReadySeen(Life(0)))
+    assert up == Transition(Life(0), "loading", "up", "")
+    assert isinstance(published, PublishView)
+    assert published.view.epoch == 1
+    assert mesh.tell(ReadySeen(Life(0))) == [], "once is enough"
+    assert not mesh.membership.started
+    mesh.tell(ReadySeen(Life(1)), ReadySeen(Life(2)))
+    assert mesh.membership.started
+    assert not mesh.membership.degraded
+    assert mesh.membership.serving_groups() == (0, 1)
+
+
+def test_loading_takes_as_long_as_it_takes() -> None:
+    mesh = Mesh(3)
+    mesh.silent = {0, 1, 2}
+    assert mesh.wait(100.0) == []
+
+
+@pytest.mark.parametrize("event", [ProcessEnded(Life(1)), RankFailed(Life(1), "no such file")])
+def test_a_rank_that_cannot_start_is_the_end(event: Event) -> None:
+    mesh = Mesh(3)
+    mesh.tell(ReadySeen(Life(0)))
+    (failed,) = of(FailMesh, mesh.tell(event))
+    assert failed.reason.startswith("rank 1: ")
+    assert of(FailMesh, mesh.wait(1.0)) == [], "said once"
+
+
+@pytest.mark.parametrize("evidence", [ProcessEnded(Life(0)), PeerLost(Life(2), Life(0)), RankFailed(Life(0), "oh")])
+def test_evidence_kills_at_once_and_the_group_restarts(evidence: Event) -> None:
+    mesh = Mesh(respawn=False).start()
+    out = mesh.tell(evidence)
+    assert mesh.states() == ["dead", "up", "up", "up"]
+    (restart,) = of(RestartGroup, out)
+    assert restart.group == 0
+    assert restart.reason.startswith("rank 0: ")
+    assert [(group.generation, group.members) for group in mesh.membership.view.groups] == [(1, ()), (0, (1,))]
+    assert mesh.membership.serving_groups() == (1,)
+    assert mesh.membership.degraded
+    assert not of(FailMesh, out)
+    assert mesh.tell(evidence) == [], "it dies once"
+
+
+def test_a_rank_that_gives_itself_up_does_not_come_back() -> None:
+    mesh = Mesh().start()
+    assert of(Kill, mesh.tell(RankFailed(Life(0), "out of memory"))) == [Kill(Life(0))]
+    assert not of(Readmit, mesh.wait(5.0))
+    mesh.tell(ProcessEnded(Life(0)))
+    assert of(Respawn, mesh.wait(TICK_SECONDS))
+
+
+def test_only_who_is_believed_may_accuse() -> None:
+    mesh = Mesh().start()
+    assert mesh.tell(PeerLost(Life(1, 7), Life(0)), PeerLate(Life(1, 7), Life(0))) == []
+    mesh.tell(ProcessEnded(Life(1)))
+    assert mesh.tell(PeerLost(Life(1), Life(0)), PeerLate(Life(1), Life(0))) == []
+    assert mesh.states()[0] == "up"
+
+
+def test_late_is_suspect_and_suspicion_passes() -> None:
+    mesh = Mesh().start()
+    out = mesh.tell(PeerLate(Life(0), Life(3)))
+    assert of(Transition, out) == [Transition(Life(3), "up", "suspect", "late for rank 0")]
+    assert mesh.membership.believes(Life(3))
+    assert mesh.membership.serving_groups() == (0, 1)
+    out = mesh.wait(2.0)
+    assert of(Transition, out) == [Transition(Life(3), "suspect", "up", "")]
+    assert mesh.membership.view.groups[0].generation == 0
+
+
+def test_a_silent_heart_is_suspect_then_dead() -> None:
+    mesh = Mesh(respawn=False).start()
+    mesh.silent = {0}
+    out = mesh.wait(0.5)
+    assert mesh.states()[0] == "suspect"
+    assert Look(Life(0)) in out
+    out = mesh.wait(1.5)
+    assert mesh.states() == ["dead", "up", "up", "up"]
+    assert of(RestartGroup, out)[0].group == 0
+
+
+def test_a_stopped_process_is_dead_as_soon_as_it_is_suspect() -> None:
+    mesh = Mesh().start()
+    assert mesh.tell(ProcessSeen(Life(0), True)) == [], "nobody misses it yet"
+    mesh.silent = {0}
+    mesh.wait(0.5)
+    mesh.tell(ProcessSeen(Life(0), True))
+    assert mesh.states()[0] == "dead"
+
+
+def test_a_process_that_is_seen_running_is_given_time() -> None:
+    mesh = Mesh(respawn=False).start()
+    mesh.silent = {0}
+    mesh.wait(9.0, ProcessSeen(Life(0), False))
+    assert mesh.states()[0] == "suspect"
+    mesh.wait(2.0, ProcessSeen(Life(0), False))
+    assert mesh.states()[0] == "dead"
+
+
+def test_long_work_kills_nobody_while_it_makes_progress() -> None:
+    mesh = Mesh().start()
+    mesh.working = {0, 1, 2, 3}
+    assert mesh.wait(60.0) == []
+
+
+def test_work_that_stands_still_is_suspect_and_dead_when_peers_wait_for_it() -> None:
+    mesh = Mesh(respawn=False, slow_dead=1e9).start()
+    mesh.working = mesh.stuck = {3}
+    mesh.wait(60.0)
+    assert mesh.states()[3] == "suspect", "nobody waits for it"
+    out = mesh.wait(11.0, PeerLate(Life(0), Life(3)))
+    assert mesh.states()[3] == "dead"
+    assert of(Kill, out) == [Kill(Life(3))], "it may never end by itself"
+
+
+def test_who_is_late_for_long_for_most_of_its_callers_is_too_slow() -> None:
+    mesh = Mesh(respawn=False).start()
+    mesh.working = {0, 1, 3}
+    mesh.wait(4.5, PeerLate(Life(0), Life(3)))
+    assert mesh.states()[3] == "suspect"
+    out = mesh.wait(1.0, PeerLate(Life(0), Life(3)))
+    assert mesh.states()[3] == "dead"
+    assert "slow" in of(Transition, out)[-1].reason
+    assert of(Kill, out) == [Kill(Life(3))], "nothing says that it would be faster later"
+
+
+def test_one_of_many_callers_is_not_believed_alone() -> None:
+    mesh = Mesh(6, attention_ranks=4).start()
+    mesh.working = {0, 1, 2, 3}
+    mesh.wait(20.0, PeerLate(Life(0), Life(5)))
+    assert mesh.states()[5] == "suspect"
+
+
+def test_an_idle_rank_has_no_progress_to_show() -> None:
+    mesh = Mesh().start()
+    mesh.stuck = {0, 1, 2, 3}
+    mesh.wait(60.0)
+    mesh.working = {0}
+    mesh.wait(1.0)
+    assert mesh.states() == ["up"] * 4
+
+
+def test_when_most_are_suspect_the_controller_doubts_itself_first() -> None:
+    mesh = Mesh(respawn=False).start()
+    mesh.silent = {0, 1, 2}
+    mesh.wait(2.5)
+    assert mesh.states() == ["suspect", "suspect", "suspect", "up"]
+    mesh.tell(ProcessEnded(Life(1)))
+    assert mesh.states()[1] == "dead", "evidence needs no doubt"
+    mesh.wait(2.0)
+    assert mesh.states() == ["dead", "dead", "dead", "up"]
+
+
+def test_the_controllers_own_lateness_is_not_held_against_anybody() -> None:
+    mesh = Mesh().start()
+    mesh.wait(0.1)
+    mesh.now += 30.0
+    out = mesh.tell(Tick())
+    assert [type(instruction) for instruction in out] == [Note]
+    assert mesh.tell(Tick()) == []
+    assert mesh.states() == ["up"] * 4
+    assert mesh.wait(5.0) == []
+
+
+def test_a_controller_that_is_always_late_finds_the_dead_all_the_same() -> None:
+    mesh = Mesh(respawn=False).start()
+    mesh.silent = {0}
+    for _ in range(100):
+        mesh.now += 0.3
+        mesh.wait(TICK_SECONDS)
+    assert mesh.states() == ["dead", "up", "up", "up"]
+
+
+def test_a_stopped_rank_comes_back_under_a_new_life() -> None:
+    mesh = Mesh().start()
+    mesh.silent = {0}
+    out = mesh.wait(5.0)
+    assert mesh.states()[0] == "dead"
+    assert not of(Kill, out)
+    assert not of(Respawn, out), "its process is there"
+    mesh.silent = set()
+    (readmit,) = of(Readmit, mesh.wait(0.2))
+    assert readmit == Readmit(Life(0), 1)
+    assert mesh.states()[0] == "joining"
+    assert not mesh.membership.believes(Life(0))
+    mesh.tell(ReadySeen(Life(0)))
+    assert mesh.states()[0] == "joining", "that was its old life"
+    mesh.tell(ReadySeen(Life(0, 1)))
+    assert mesh.states()[0] == "up"
+    assert mesh.membership.view.groups[0].generation == 2
+    assert mesh.membership.serving_groups() == (0, 1)
+
+
+def test_who_does_not_come_back_in_time_is_killed_and_only_then_replaced() -> None:
+    mesh = Mesh(stop_grace=5.0).start()
+    mesh.silent = {0}
+    out = mesh.wait(10.0)
+    assert of(Kill, out) == [Kill(Life(0))]
+    assert not of(Respawn, out)
+    mesh.tell(ProcessEnded(Life(0)))
+    out = mesh.wait(TICK_SECONDS)
+    assert of(Respawn, out) == [Respawn(Life(0, 1), 1)]
+    assert mesh.states()[0] == "joining"
+    mesh.silent = set()
+    mesh.tell(HelloSeen(Life(0, 1)), ReadySeen(Life(0, 1)))
+    assert mesh.states() == ["up"] * 4
+
+
+def test_a_killed_rank_that_beats_once_more_is_not_readmitted() -> None:
+    mesh = Mesh(stop_grace=1.0).start()
+    mesh.silent = {0}
+    assert of(Kill, mesh.wait(5.0))
+    mesh.silent = set()
+    assert not of(Readmit, mesh.wait(0.5))
+
+
+def test_deaths_in_a_row_make_it_wait_twice_as_long_each_time() -> None:
+    mesh = Mesh().start()
+    waits = []
+    for life in range(5):
+        mesh.tell(ReadySeen(Life(0, life)), ProcessEnded(Life(0, life)))
+        began = mesh.now
+        while mesh.states()[0] == "dead":
+            mesh.wait(TICK_SECONDS)
+        waits.append(round(mesh.now - began))
+    assert waits == [0, 1, 2, 4, 8]
+    mesh.tell(ReadySeen(Life(0, 5)))
+    mesh.wait(20.0)
+    mesh.tell(ProcessEnded(Life(0, 5)))
+    assert of(Respawn, mesh.wait(TICK_SECONDS)), "it served for long: nothing is held against it"
+
+
+def test_a_spawn_that_fails_is_tried_again() -> None:
+    mesh = Mesh().start()
+    mesh.tell(ProcessEnded(Life(0)))
+    mesh.wait(TICK_SECONDS)
+    mesh.tell(SpawnFailed(Life(0, 1), "no slots"))
+    assert mesh.membership.view.ranks[0].reason == "cannot respawn: no slots"
+    assert of(Respawn, mesh.wait(2.0)) == [Respawn(Life(0, 2), 1)]
+
+
+def test_a_spawn_is_given_up_with_its_spawner_or_after_long_silence() -> None:
+    mesh = Mesh(hello_timeout=5.0).start()
+    mesh.silent = {0}
+    mesh.tell(ProcessEnded(Life(0)))
+    mesh.wait(TICK_SECONDS)
+    mesh.tell(ProcessEnded(Life(1)))
+    mesh.wait(TICK_SECONDS)
+    assert "rank 1, which was to start it, is gone" in mesh.membership.view.ranks[0].reason
+    assert of(Respawn, mesh.wait(2.0))[0].by == 2
+    mesh.wait(6.0)
+    assert mesh.membership.view.ranks[0].state == "dead"
+    assert "has not said hello" in mesh.membership.view.ranks[0].reason
+
+
+def test_a_newcomer_that_falls_silent_is_dead() -> None:
+    mesh = Mesh().start()
+    mesh.tell(ProcessEnded(Life(0)))
+    mesh.wait(TICK_SECONDS)
+    mesh.tell(HelloSeen(Life(0, 1)))
+    mesh.silent = {0}
+    mesh.wait(9.0)
+    assert mesh.states()[0] == "joining"
+    mesh.wait(2.0)
+    assert mesh.states()[0] == "dead"
+
+
+def test_lost_experts_without_respawn_end_the_mesh() -> None:
+    mesh = Mesh(respawn=False).start()
+    (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(3))))
+    assert failed.reason == "rank 3, with experts that no other rank has: its process has ended"
+
+
+def test_experts_with_replicas_are_served_by_these() -> None:
+    mesh = Mesh(respawn=False, redundant=4).start()
+    before = mesh.membership.placement
+    assert {len(hosts) for hosts in before.hosts_of(1)} == {2}
+    out = mesh.tell(ProcessEnded(Life(3)))
+    assert not of(FailMesh, out)
+    (published,) = of(PublishView, out)
+    assert published.placement.hosts_of(1) == ((2,),) * 4
+    assert published.placement.version == before.version + 1
+    assert mesh.membership.missing_experts() == ()
+    assert mesh.membership.serving_groups() == (0, 1)
+    (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(2))))
+    assert "experts that no other rank has" in failed.reason
+
+
+def test_who_comes_back_hosts_what_it_says_and_is_asked_last() -> None:
+    mesh = Mesh(redundant=4).start()
+    mesh.silent = {3}
+    mesh.wait(3.0)
+    assert mesh.membership.placement.experts_of(3) == {}
+    mesh.silent = set()
+    assert of(Readmit, mesh.wait(0.2))
+    assert mesh.tell(HostingSeen(Life(3), {1: [0]})) == [], "that life is over"
+    out = mesh.tell(HostingSeen(Life(3, 1), {1: [0, 2]}), ReadySeen(Life(3, 1)))
+    assert of(PublishView, out)[-1].placement.hosts_of(1) == ((2, 3), (2,), (2, 3), (2,))
+    assert mesh.tell(HostingSeen(Life(7), {1: [0]})) == []
+
+
+def test_the_last_group_without_respawn_ends_the_mesh() -> None:
+    mesh = Mesh(respawn=False).start()
+    assert not of(FailMesh, mesh.tell(ProcessEnded(Life(0))))
+    (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(1))))
+    assert failed.reason == "rank 0, with the last attention group: its process has ended"
+
+
+def test_with_respawn_there_is_hope_while_anybody_lives() -> None:
+    mesh = Mesh().start()
+    for rank in (3, 2, 1):
+        assert not of(FailMesh, mesh.tell(ProcessEnded(Life(rank))))
+    assert of(FailMesh, mesh.tell(ProcessEnded(Life(0))))
+
+
+def test_a_fenced_rank_may_come_back_so_there_is_hope() -> None:
+    mesh = Mesh(respawn=False, stop_grace=5.0).start()
+    mesh.silent = {3}
+    assert not of(FailMesh, mesh.wait(6.0))
+    assert mesh.states()[3] == "dead"
+    out = mesh.wait(2.0)
+    assert of(Kill, out)
+    assert of(FailMesh, out)
+
+
+def test_the_only_rank_is_restarted_by_the_frontend() -> None:
+    mesh = Mesh(1, attention_ranks=None).start()
+    out = mesh.tell(ProcessEnded(Life(0)))
+    assert of(RestartGroup, out)[0].group == 0
+    assert of(Respawn, mesh.wait(TICK_SECONDS)) == [Respawn(Life(0, 1), None)]
+    mesh.tell(ReadySeen(Life(0, 1)))
+    assert mesh.membership.serving_groups() == (0,)
+
+
+def test_a_group_is_whole_or_nothing() -> None:
+    mesh = Mesh(6, attention_ranks=4, tp=2, respawn=False).start()
+    out = mesh.tell(ProcessEnded(Life(1)))
+    assert [restart.group for restart in of(RestartGroup, out)] == [0]
+    assert not of(RestartGroup, mesh.tell(ProcessEnded(Life(0)))), "it was lost already"
+    assert [group.members for group in mesh.membership.view.groups] == [(), (2, 3)]
+
+
+def test_without_fault_tolerance_a_loss_is_the_end_and_nobody_is_suspected() -> None:
+    mesh = Mesh(fault_tolerance=False).start()
+    mesh.silent = {0, 1}
+    assert mesh.wait(60.0) == []
+    assert of(FailMesh, mesh.tell(ProcessEnded(Life(0))))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="stop_grace must not be negative, is -1"):
+        MembershipSettings(stop_grace=-1)

@@ -1,0 +1,193 @@
+"""Experts are loaded while a rank serves; whatever is wrong with a checkpoint leaves them out, by name, and no more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts import ExpertBank, ExpertService, LocalCall
+from mesh_config import load_model_config
+from moemesh.checkpoint import Checkpoint
+from moemesh.checksums import Checksums
+from moemesh.ffn_loader import FfnLoader
+from moemesh.take_over import SPARE_BYTES, TakenOver, TakeOver
+from tests.oracle import write_random_checkpoint
+from transport.dispatch import ExpertCall
+
+CPU = torch.device("cpu")
+FIRST, SECOND = 1, 2  # the MoE layers
+HERE = (0, 1)
+
+
+@dataclass
+class _Rank:
+    """A rank that hosts experts 0 and 1 of the first MoE layer, and can load all others."""
+
+    folder: Path
+    service: ExpertService
+    checkpoint: Checkpoint
+    ffns: FfnLoader
+    take_over: TakeOver
+    woken: threading.Semaphore
+
+    def finish(self) -> TakenOver:
+        while (taken := self.take_over.take()) is None:
+            assert self.woken.acquire(timeout=60), "the take-over does not end"
+        return taken
+
+    def slots(self, layer: int) -> tuple[int, ...]:
+        bank = self.service.bank(layer)
+        return () if bank is None else bank.logical_experts
+
+
+def _rank(folder: Path, *, quantized: bool = False, free_memory: Callable[[], int] = lambda: 1 << 40) -> _Rank:
+    config = load_model_config(folder)
+    checkpoint = Checkpoint(folder, config, Checksums())
+    checkpoint.open_all()
+    ffns = FfnLoader(config, checkpoint.tensors, device=CPU, weight_dtype=None, quantized=quantized)
+    packed = ffns.expert_bank(FIRST, len(HERE))
+    for slot, expert in enumerate(HERE):
+        ffns.load_experts(packed, [slot], checkpoint, FIRST, [expert])
+    bank = ExpertBank(HERE, config.num_experts, packed)
+    service = ExpertService({FIRST: bank}, rank=0, hidden=config.hidden_size, device=CPU)
+    woken = threading.Semaphore(0)
+    take_over = TakeOver(service, checkpoint, ffns, wake=woken.release, free_memory=free_memory)
+    return _Rank(folder, service, checkpoint, ffns, take_over, woken)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "model", 1)
+
+
+@pytest.fixture
+def rank(folder: Path) -> Iterator[_Rank]:
+    rank = _rank(folder)
+    yield rank
+    rank.take_over.close()
+
+
+@pytest.mark.parametrize("held", ["bfloat16", "int8", "fp8"])
+def test_what_is_taken_over_computes_as_at_home(tmp_path: Path, held: str) -> None:
+    folder = write_random_checkpoint(tmp_path / "model", 1, fp8=held == "fp8", dtype="bfloat16")
+    rank = _rank(folder, quantized=held == "int8")
+    num_experts, hidden = rank.checkpoint.config.num_experts, rank.checkpoint.config.hidden_size
+    rank.take_over.want(3, {FIRST: (1, 3, 2), SECOND: (0,)})
+    assert rank.take_over.busy
+    assert rank.finish() == TakenOver(version=3, experts={FIRST: (1, 2, 3), SECOND: (0,)}, problems=())
+    assert rank.take_over.take() is None
+    assert not rank.take_over.busy
+    assert rank.take_over.progress == (3, 3)
+    assert (rank.slots(FIRST), rank.slots(SECOND)) == ((0, 1, 2, 3), (0,))
+    packed = rank.ffns.expert_bank(FIRST, num_experts)
+    for expert in range(4):
+        rank.ffns.load_experts(packed, [expert], rank.checkpoint, FIRST, [expert])
+    home = ExpertBank(range(4), num_experts, packed)
+    rows = torch.randn(5, hidden)
+    call = ExpertCall(
+        rows, torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32), torch.tensor([3, 2, 0, 2, 1], dtype=torch.int32)
+    )
+    bank = rank.service.bank(FIRST)
+    assert bank is not None
+    assert torch.equal(bank.compute(call), home.compute(call))
+    rank.take_over.close()
+
+
+def test_what_is_here_already_is_not_loaded(rank: _Rank) -> None:
+    rank.take_over.want(1, {FIRST: HERE})
+    assert not rank.take_over.busy
+    assert rank.finish().experts == {FIRST: HERE}
+
+
+def test_the_last_wish_counts(rank: _Rank) -> None:
+    rank.take_over.want(1, {FIRST: (2, 3)})
+    rank.take_over.want(2, {FIRST: (3,), SECOND: (1,)})
+    taken = rank.finish()
+    assert (taken.version, taken.experts) == (2, {FIRST: (3,), SECOND: (1,)})
+
+
+def test_what_is_not_needed_any_more_is_dropped_once_nobody_waits_for_it(rank: _Rank) -> None:
+    rank.take_over.want(1, {FIRST: (2, 3), SECOND: (4, 5)})
+    rank.finish()
+    hidden = rank.checkpoint.config.hidden_size
+    slot = torch.zeros(1, dtype=torch.int32)
+    local = LocalCall(layer=FIRST, call=ExpertCall(torch.randn(1, hidden), slot, slot + 2))
+    rank.service.submit_local(local)
+    assert not rank.take_over.keep({FIRST: (0, 1, 3)})
+    assert (rank.slots(FIRST), rank.slots(SECOND)) == ((0, 1, 2, 3), ())
+    rank.service.step()
+    assert local.answer is not None
+    assert rank.take_over.keep({FIRST: (0, 1, 3)})
+    assert rank.slots(FIRST) == (0, 1, 3)
+    rank.take_over.want(2, {FIRST: (2, 4), SECOND: (4,)})
+    assert rank.finish().experts == {FIRST: (2, 4), SECOND: (4,)}
+    bank = rank.service.bank(FIRST)
+    assert bank is not None
+    assert bank.local_slot_E[[0, 1, 3]].tolist() == [0, 1, 3]
+    rank.service.submit_local(local)
+    before, local.answer = local.answer, None
+    rank.service.step()
+    assert torch.equal(local.answer, before)
+
+
+def test_an_unlinked_checkpoint_can_still_be_read(rank: _Rank) -> None:
+    shutil.rmtree(rank.folder)
+    rank.take_over.want(1, {SECOND: (5,)})
+    assert rank.finish() == TakenOver(version=1, experts={SECOND: (5,)}, problems=())
+
+
+def test_a_flipped_byte_is_refused_by_name(rank: _Rank) -> None:
+    name = f"model.layers.{SECOND}.mlp.experts.5.up_proj.weight"
+    rank.checkpoint.weight(name)  # as the rank did that is lost
+    info = rank.checkpoint.tensors[name]
+    with info.path.open("r+b") as file:
+        start = 8 + int.from_bytes(file.read(8), "little") + info.begin
+        file.seek(start + 11)
+        byte = file.read(1)[0]
+        file.seek(start + 11)
+        file.write(bytes([byte ^ 16]))
+    rank.take_over.want(1, {SECOND: (4, 5)})
+    taken = rank.finish()
+    assert taken.experts == {SECOND: (4,)}
+    assert len(taken.problems) == 1
+    assert f"{name} is not what the mesh has loaded" in taken.problems[0]
+    assert rank.slots(SECOND) == (4,)
+
+
+def test_a_truncated_file_is_refused_by_name(rank: _Rank) -> None:
+    path = rank.folder / "model.safetensors"
+    os.truncate(path, 5000)
+    rank.take_over.want(1, {SECOND: (4, 5)})
+    taken = rank.finish()
+    assert taken.experts == {}
+    assert all("cannot be read" in problem for problem in taken.problems)
+    assert len(taken.problems) == 2
+    assert rank.slots(SECOND) == ()
+    assert rank.slots(FIRST) == HERE
+
+
+def test_the_last_of_the_memory_is_not_taken(folder: Path) -> None:
+    free = [SPARE_BYTES + (1 << 20)]
+    rank = _rank(folder, free_memory=lambda: free[0])
+    rank.take_over.want(1, {FIRST: (2,)})
+    assert rank.finish().experts == {FIRST: (2,)}
+    free[0] = SPARE_BYTES
+    rank.take_over.want(2, {FIRST: (2, 3)})
+    taken = rank.finish()
+    assert taken.experts == {FIRST: (2,)}
+    assert "expert 3 of layer 1 cannot be taken over" in taken.problems[0]
+    assert "256.00 MiB free" in taken.problems[0]
+    rank.take_over.close()
+
+
+def test_closing_leaves_the_rest(rank: _Rank) -> None:
+    rank.take_over.want(1, {FIRST: tuple(range(rank.checkpoint.config.num_experts))})
+    rank.take_over.close()
+    rank.take_over.close()
