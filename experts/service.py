@@ -191,8 +191,8 @@ class ExpertService:
 
 def answer_frame(call: Header, answer: Tensor, sender: int) -> Frame:
     """The ANSWER to a DISPATCH frame: the caller's own numbers come back with it."""
-    return Frame(replace(call, kind=Kind.ANSWER, sender=sender, credits=0), (answer,))
+    return Frame(replace(call, kind=Kind.ANSWER, sender=sender), (answer,))
 
 
 def _not_here(call: Header) -> Frame:
-    return Frame(replace(call, kind=Kind.NOT_HERE, credits=0))
+    return Frame(replace(call, kind=Kind.NOT_HERE))

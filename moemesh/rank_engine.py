@@ -83,7 +83,9 @@ class RankEngine:
                 self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
                 if self._member is not None:
                     self._member.waited(time.perf_counter() - began)
-            self._send_stats()
+            now = time.monotonic()
+            self._link.tick(now)
+            self._send_stats(now)
 
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - time.monotonic())
@@ -188,8 +190,7 @@ class RankEngine:
 
     # --- counters
 
-    def _send_stats(self) -> None:
-        now = time.monotonic()
+    def _send_stats(self, now: float) -> None:
         if now < self._next_stats:
             return
         self._next_stats = now + STATS_SECONDS

@@ -7,13 +7,18 @@
 
 Little-endian. Offsets are not on the wire: they follow from the descriptors, so there is only one valid layout and
 every length is checked against it. What lies in the padding is undefined. Frames are never pickled.
+
+Who posts a frame writes what it is for; the link that sends it seals it: the label and a checksum (CRC-32) of header
+and descriptors, or of the whole frame where the carrier cannot be trusted with the payload.
 """
 
 import ctypes
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +27,7 @@ from transport.buffers import WireBuffer, new_buffer
 from transport.errors import ProtocolError
 
 MAGIC = b"moeM"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 MAX_TENSORS = 32
 MAX_DIMS = 4
@@ -44,16 +49,21 @@ _DTYPES: tuple[torch.dtype, ...] = (
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _ITEM_BYTES = tuple(dtype.itemsize for dtype in _DTYPES)
 
-# magic, version, kind, number of tensors, the header's fields in order, frame bytes
-_HEADER = struct.Struct("<4sHBBIIIIQQIIIIQ")
+# magic, checksum, version, kind, number of tensors, sender, the label, the other fields of the header in order
+_HEADER = struct.Struct("<4sIHBBIIIQQIIQHHHH")
 _DESCRIPTOR = struct.Struct("<BBH4I")
-_CREDITS = struct.Struct("<I")
-_CREDITS_OFFSET = 52
+_PREAMBLE = struct.Struct("<4sIHBBIIIQQ")
+_LABEL = struct.Struct("<IIQQ")
+_LABEL_OFFSET = 16
+_CHECKSUM = struct.Struct("<I")
+_CHECKSUM_OFFSET = 4
+_CHECKED_FROM = 8
 assert _HEADER.size == 64
+assert _PREAMBLE.size == _LABEL_OFFSET + _LABEL.size
 
 
 class Kind(IntEnum):
-    """What a frame is for. Everything but CREDIT costs a credit of the window."""
+    """What a frame is for. Everything but CREDIT and PROBE costs a credit of the window."""
 
     DISPATCH = 1
     """Tokens' rows on their way to experts."""
@@ -66,19 +76,34 @@ class Kind(IntEnum):
     SAMPLES = 5
     """Sampled tokens of a step."""
     CREDIT = 6
-    """Nothing but returned credits."""
+    """Nothing but an acknowledgement."""
     NOT_HERE = 7
     """The rank does not host an expert it was asked for; `placement_version` says what it knows."""
+    PROBE = 8
+    """Asks for an acknowledgement of the number it bears, which is that of the last frame before it."""
 
 
 _KINDS = {int(kind): kind for kind in Kind}
+
+
+class Label(NamedTuple):
+    """What the link writes on a frame, and the link at the other end reads before anything else.
+
+    `incarnation` and `receiver_incarnation` name the lives it goes between, `sequence` is its number between those
+    two (0: takes no credit), `acknowledged` the highest number seen of the other direction.
+    """
+
+    incarnation: int
+    receiver_incarnation: int
+    sequence: int
+    acknowledged: int
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
     """Who sent a frame and for which piece of work.
 
-    `credits` belongs to the link, which overwrites it. The other fields are the sender's and arrive unchanged.
+    `incarnation` belongs to the link, which overwrites it. The other fields are the sender's and arrive unchanged.
     """
 
     kind: Kind
@@ -91,7 +116,6 @@ class Header:
     micro_batch: int = 0
     attempt: int = 0
     phase: int = 0
-    credits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +141,7 @@ def encode(frame: Frame, allocate: Callable[[int], WireBuffer] = new_buffer) -> 
     sizes = [tensor.nbytes for tensor in tensors]
     offsets, total = _layout(sizes)
     buffer = allocate(total)
-    _write_header(buffer, frame.header, len(tensors), total)
+    _write_header(buffer, frame.header, len(tensors))
     for index, tensor in enumerate(tensors):
         shape = tensor.shape
         padded = (*shape, 0, 0, 0, 0)[:MAX_DIMS]
@@ -149,17 +173,21 @@ def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def _write_header(buffer: WireBuffer, header: Header, num_tensors: int, total: int) -> None:
+def _write_header(buffer: WireBuffer, header: Header, num_tensors: int) -> None:
     try:
         _HEADER.pack_into(
             buffer.memory,
             0,
             MAGIC,
+            0,
             VERSION,
             header.kind,
             num_tensors,
             header.sender,
             header.incarnation,
+            0,
+            0,
+            0,
             header.generation,
             header.placement_version,
             header.step,
@@ -167,36 +195,46 @@ def _write_header(buffer: WireBuffer, header: Header, num_tensors: int, total: i
             header.micro_batch,
             header.attempt,
             header.phase,
-            header.credits,
-            total,
         )
     except struct.error as error:
         values = {field.name: getattr(header, field.name) for field in fields(header)}
         raise ValueError(f"header does not fit its fields: {values}: {error}") from None
 
 
-def set_credits(buffer: WireBuffer, credits: int) -> None:
-    """Write the credits of an encoded frame; the link knows them only when the frame leaves."""
-    _CREDITS.pack_into(buffer.memory, _CREDITS_OFFSET, credits)
+def seal(buffer: WireBuffer, label: Label, *, whole: bool = False) -> None:
+    """Write label and checksum of an encoded frame: known only when it leaves. `whole`: the payload is checked too."""
+    memory = buffer.memory
+    _LABEL.pack_into(memory, _LABEL_OFFSET, *label)
+    end = buffer.size if whole else _HEADER.size + memory[11] * _DESCRIPTOR.size
+    _CHECKSUM.pack_into(memory, _CHECKSUM_OFFSET, zlib.crc32(memory[_CHECKED_FROM:end]))
 
 
-def decode(data: memoryview | bytes) -> Frame:
-    """The frame in `data`, checked to the last byte. Zero-copy for writable memory (the tensors keep it alive).
-
-    Raises ProtocolError for anything that `encode` does not write; never anything else, whatever the bytes.
-    """
-    memory = memoryview(bytearray(data)) if isinstance(data, bytes) else data
+def unseal(memory: memoryview, *, whole: bool = False) -> tuple[Kind, int, Label]:
+    """Kind, sender and label of a sealed frame. Raises ProtocolError for what was not sealed so, or was damaged."""
     size = memory.nbytes
     if size < _HEADER.size:
         raise ProtocolError(f"frame of {size} bytes is shorter than its header of {_HEADER.size}")
-    magic, version, kind, num_tensors, *values, total = _HEADER.unpack_from(memory)
+    magic, checksum, version, kind, num_tensors, sender, *label = _PREAMBLE.unpack_from(memory)
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(f"not a frame of version {VERSION}: magic {magic!r}, version {version}")
-    if kind not in _KINDS or num_tensors > MAX_TENSORS:
-        raise ProtocolError(f"frame of unknown kind {kind} or with {num_tensors} tensors (at most {MAX_TENSORS})")
-    if total != size:
-        raise ProtocolError(f"frame says it has {total} bytes and has {size}")
-    return Frame(Header(_KINDS[kind], *values), _read_tensors(memory, num_tensors))
+    end = _HEADER.size + num_tensors * _DESCRIPTOR.size
+    if kind not in _KINDS or num_tensors > MAX_TENSORS or size < end:
+        raise ProtocolError(
+            f"frame of unknown kind {kind} or with {num_tensors} tensors (at most {MAX_TENSORS}) in {size} bytes"
+        )
+    found = zlib.crc32(memory[_CHECKED_FROM : size if whole else end])
+    if found != checksum:
+        raise ProtocolError(f"frame from rank {sender} says its checksum is {checksum:08x} and it is {found:08x}")
+    return _KINDS[kind], sender, Label._make(label)
+
+
+def decode(memory: memoryview) -> Frame:
+    """The frame in memory that `unseal` let pass. Zero-copy for writable memory (the tensors keep it alive).
+
+    Raises ProtocolError for anything that `encode` does not write; never anything else, whatever the bytes.
+    """
+    _, _, _, kind, num_tensors, sender, incarnation, _, _, _, *values = _HEADER.unpack_from(memory)
+    return Frame(Header(_KINDS[kind], sender, incarnation, *values), _read_tensors(memory, num_tensors))
 
 
 def _read_tensors(memory: memoryview, num_tensors: int) -> tuple[Tensor, ...]:
@@ -204,8 +242,6 @@ def _read_tensors(memory: memoryview, num_tensors: int) -> tuple[Tensor, ...]:
         if memory.nbytes != _HEADER.size:
             raise ProtocolError(f"frame without tensors has {memory.nbytes} bytes, not {_HEADER.size}")
         return ()
-    if memory.nbytes < _HEADER.size + num_tensors * _DESCRIPTOR.size:
-        raise ProtocolError(f"frame of {memory.nbytes} bytes cannot hold the descriptors of {num_tensors} tensors")
     described = [_read_descriptor(memory, index) for index in range(num_tensors)]
     offsets, total = _layout([size for _, _, size in described])
     if total != memory.nbytes:

@@ -1,14 +1,15 @@
 """The seam between the mesh and what carries its bytes: a link sends frames to peers and hands out those that came."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from transport.buffers import BufferPool, WireBuffer
 from transport.errors import ProtocolError
 from transport.flow_control import DEFAULT_MAX_QUEUED, DEFAULT_WINDOW, CreditWindow
-from transport.frame import Frame, Header, Kind, decode, encode, set_credits
+from transport.frame import Frame, Header, Kind, Label, decode, encode, seal, unseal
+from transport.peers import Peer
 from transport.trace import Trace, now
 
 
@@ -16,7 +17,9 @@ from transport.trace import Trace, now
 class LinkStats:
     """Counters since the link was made; `queued` and `in_flight` are frames now, over all peers.
 
-    `dropped` counts frames that were meant for a lost peer, `protocol_errors` frames of peers that were refused.
+    `dropped` counts frames that were meant for a peer that is lost or forgotten; of the frames that came,
+    `protocol_errors` those that were refused or damaged, `stale` those from or to a life that is over, `duplicates`
+    those that had come before.
     """
 
     frames_sent: dict[Kind, int]
@@ -25,15 +28,26 @@ class LinkStats:
     bytes_received: int
     dropped: int
     protocol_errors: int
+    stale: int
+    duplicates: int
     queued: int
     in_flight: int
 
 
 class Link(Protocol):
-    """One rank's end of the mesh. Used by one thread; no method ever waits for a peer."""
+    """One rank's end of the mesh. Used by one thread; no method ever waits for a peer.
+
+    A link talks with one life of each peer: with the one that it was told to admit. What comes from a life that is
+    over is dropped; what comes from a later one waits until that is admitted.
+    """
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def incarnation(self) -> int:
+        """Which of this rank's lives the link is in."""
+        ...
 
     @property
     def num_ranks(self) -> int: ...
@@ -42,7 +56,8 @@ class Link(Protocol):
         """Send a copy of the frame to a peer (not to oneself); its tensors may be reused on return.
 
         Frames to one peer arrive in order. Beyond the credit window they wait in the link's own queue; Overloaded when
-        that is full. A frame to a lost peer is dropped and counted. That a frame left says nothing about its arrival.
+        that is full. A frame to a peer that is lost or forgotten is dropped and counted. That a frame left says nothing
+        about its arrival.
         """
         ...
 
@@ -52,6 +67,22 @@ class Link(Protocol):
 
     def take_lost(self) -> list[int]:
         """Peers found dead since the last call; each is named once."""
+        ...
+
+    def forget(self, peer: int) -> None:
+        """This life of the peer is over: what waits for it is dropped, what still comes from it as well."""
+        ...
+
+    def admit(self, peer: int, incarnation: int) -> None:
+        """Talk with this life of the peer. ValueError if it is not later than the one before."""
+        ...
+
+    def renew(self, incarnation: int) -> None:
+        """This rank has a new life: nothing of the old one is sent or heard any more. ValueError if it is not later."""
+        ...
+
+    def tick(self, now: float) -> None:
+        """Time passes (monotonic seconds): ask peers for acknowledgements that may have been lost."""
         ...
 
     def frames_sent(self, kind: Kind) -> int: ...
@@ -71,8 +102,11 @@ class Link(Protocol):
         ...
 
 
+TICK_SECONDS = 0.05
+
+
 class WindowedLink(ABC):
-    """What every link does alike: encoding, credit windows, counters. A carrier moves whole buffers in order.
+    """What every link does alike: encoding, credit windows, lives, counters. A carrier moves whole buffers.
 
     A carrier may call `_sent` only when a buffer is no longer read, `_mark_lost` when it finds a peer dead.
     """
@@ -82,22 +116,31 @@ class WindowedLink(ABC):
         rank: int,
         num_ranks: int,
         *,
+        incarnation: int = 0,
+        peers: Mapping[int, int] | None = None,
         credit_window: int = DEFAULT_WINDOW,
         max_queued: int = DEFAULT_MAX_QUEUED,
+        check_payload: bool = False,
         trace: Trace | None = None,
     ) -> None:
+        """`peers`: the incarnations to talk with from the start; by default the first life of everybody."""
         self._rank = rank
         self._num_ranks = num_ranks
+        self._incarnation = incarnation
+        self._credit_window = credit_window
+        self._max_queued = max_queued
+        self._check_payload = check_payload
         self._trace = trace
-        self._windows: dict[int, CreditWindow[tuple[Kind, WireBuffer]]] = {
-            peer: CreditWindow(credit_window, max_queued) for peer in range(num_ranks) if peer != rank
-        }
+        self._peers = {peer: Peer(self._new_window()) for peer in range(num_ranks) if peer != rank}
         self._pool = BufferPool()
-        self._lost: set[int] = set()
+        self._early: list[tuple[int, memoryview]] = []
         self._unreported: list[int] = []
+        self._next_tick = 0.0
         self._frames_sent = dict.fromkeys(Kind, 0)
         self._bytes_sent = self._frames_received = self._bytes_received = 0
-        self._dropped = self._protocol_errors = 0
+        self._dropped = self._protocol_errors = self._stale = self._duplicates = 0
+        for peer, life in (dict.fromkeys(self._peers, 0) if peers is None else peers).items():
+            self.admit(peer, life)
 
     @abstractmethod
     def _transmit(self, peer: int, buffer: WireBuffer) -> None:
@@ -119,20 +162,25 @@ class WindowedLink(ABC):
     def num_ranks(self) -> int:
         return self._num_ranks
 
+    @property
+    def incarnation(self) -> int:
+        """See Link."""
+        return self._incarnation
+
     def post(self, peer: int, frame: Frame) -> None:
         """See Link."""
-        window = self._windows.get(peer)
-        if window is None:
+        state = self._peers.get(peer)
+        if state is None:
             raise ValueError(f"rank {self._rank} of {self._num_ranks} cannot post to {peer}: name another rank")
         header = frame.header
-        if header.sender != self._rank or header.kind is Kind.CREDIT:
+        if header.sender != self._rank or header.kind in (Kind.CREDIT, Kind.PROBE):
             raise ValueError(f"rank {self._rank} cannot post a {header.kind.name} frame of sender {header.sender}")
-        if peer in self._lost:
+        if not state.sendable:
             self._dropped += 1
             return
         began = now() if self._trace is not None else None
-        window.push((header.kind, encode(frame, self._pool.take)))
-        self._pump(peer, window)
+        state.window.push((header.kind, encode(frame, self._pool.take)))
+        self._pump(peer, state)
         if self._trace is not None:
             nbytes = sum(tensor.nbytes for tensor in frame.tensors)
             self._trace.span(f"post {header.kind.name}", began, to=peer, layer=header.layer, nbytes=nbytes)
@@ -141,15 +189,53 @@ class WindowedLink(ABC):
         """See Link."""
         frames: list[Frame] = []
         active: set[int] = set()
+        if self._early:
+            early, self._early = self._early, []
+            for source, data in early:
+                self._accept(source, data, frames)
+                active.add(source)
         for source, data in self._arrivals():
-            active.add(source)
+            self._frames_received += 1
+            self._bytes_received += data.nbytes
             self._accept(source, data, frames)
+            active.add(source)
         for peer in active:
-            if peer not in self._lost:
-                window = self._windows[peer]
-                self._pump(peer, window)
-                self._return_credits(peer, window)
+            state = self._peers[peer]
+            if state.sendable:
+                self._pump(peer, state)
+                if state.window.must_tell():
+                    self._send_alone(peer, state, Kind.CREDIT, 0)
         return frames
+
+    def forget(self, peer: int) -> None:
+        """See Link."""
+        self._dropped += self._peers[peer].forget()
+
+    def admit(self, peer: int, incarnation: int) -> None:
+        """See Link."""
+        state = self._peers[peer]
+        state.admit(incarnation, self._new_window())
+        self._early += [(peer, data) for data in state.take_early()]
+
+    def renew(self, incarnation: int) -> None:
+        """See Link."""
+        if incarnation <= self._incarnation:
+            raise ValueError(f"rank {self._rank} is in life {self._incarnation} and cannot begin life {incarnation}")
+        self._incarnation = incarnation
+        self._early.clear()
+        for state in self._peers.values():
+            self._dropped += len(state.window.clear())
+            state.early.clear()
+            state.window = self._new_window()
+
+    def tick(self, now: float) -> None:
+        """See Link."""
+        if now < self._next_tick:
+            return
+        self._next_tick = now + TICK_SECONDS
+        for peer, state in self._peers.items():
+            if state.window.queued and state.window.probe_due(now):
+                self._send_alone(peer, state, Kind.PROBE, state.window.sequence)
 
     def take_lost(self) -> list[int]:
         """See Link."""
@@ -169,8 +255,10 @@ class WindowedLink(ABC):
             bytes_received=self._bytes_received,
             dropped=self._dropped,
             protocol_errors=self._protocol_errors,
-            queued=sum(window.queued for window in self._windows.values()),
-            in_flight=sum(window.in_flight for window in self._windows.values()),
+            stale=self._stale,
+            duplicates=self._duplicates,
+            queued=sum(state.window.queued for state in self._peers.values()),
+            in_flight=sum(state.window.in_flight for state in self._peers.values()),
         )
 
     def arriving(self) -> bool:
@@ -179,53 +267,52 @@ class WindowedLink(ABC):
 
     def idle(self) -> bool:
         """See Link."""
-        return not self._unfinished() and not any(window.queued for window in self._windows.values())
+        return not self._unfinished() and not any(state.window.queued for state in self._peers.values())
 
     def close(self) -> None:
         """See Link."""
-        for window in self._windows.values():
-            window.clear()
+        for state in self._peers.values():
+            state.window.clear()
+
+    def _new_window(self) -> CreditWindow[tuple[Kind, WireBuffer]]:
+        return CreditWindow(self._credit_window, self._max_queued)
 
     def _accept(self, source: int, data: memoryview, frames: list[Frame]) -> None:
-        """Decode one buffer and book its credits. What cannot be read still took a credit, unless it is a CREDIT."""
-        self._frames_received += 1
-        self._bytes_received += data.nbytes
-        window = self._windows[source]
+        """Read one buffer's label, book it, and decode it if it is a frame for this life that had not come yet."""
+        peer = self._peers[source]
         try:
-            frame = decode(data)
+            kind, sender, label = unseal(data, whole=self._check_payload)
+            if sender != source:
+                raise ProtocolError(f"frame from rank {source} says it is from {sender}")
+            if not peer.hears(label, self._incarnation):
+                self._stale += not peer.keep_early(label, self._incarnation, data, self._credit_window)
+                return
+            peer.window.acknowledged(label.acknowledged)
+            if kind is Kind.PROBE:
+                peer.window.probed(label.sequence)
+            elif kind is not Kind.CREDIT:
+                if peer.window.arrived(label.sequence):
+                    frames.append(decode(data))
+                else:
+                    self._duplicates += 1
         except ProtocolError:
             self._protocol_errors += 1
-            window.consumed()
-            return
-        header = frame.header
-        if header.kind is not Kind.CREDIT:
-            window.consumed()
-        try:
-            if header.sender != source:
-                raise ProtocolError(f"frame from rank {source} says it is from {header.sender}")
-            window.returned(header.credits)
-        except ProtocolError:
-            self._protocol_errors += 1
-            return
-        if header.kind is not Kind.CREDIT:
-            frames.append(frame)
 
-    def _pump(self, peer: int, window: CreditWindow[tuple[Kind, WireBuffer]]) -> None:
+    def _pump(self, peer: int, state: Peer) -> None:
         """Send what the window allows."""
+        window = state.window
         while (item := window.pop()) is not None:
             kind, buffer = item
-            credits = window.take_owed()
-            if credits:
-                set_credits(buffer, credits)
-            self._count_and_transmit(peer, kind, buffer)
+            self._seal_and_transmit(peer, state, kind, buffer, window.sequence)
 
-    def _return_credits(self, peer: int, window: CreditWindow[tuple[Kind, WireBuffer]]) -> None:
-        credits = window.take_due()
-        if credits:
-            frame = Frame(Header(Kind.CREDIT, self._rank, credits=credits))
-            self._count_and_transmit(peer, Kind.CREDIT, encode(frame, self._pool.take))
+    def _send_alone(self, peer: int, state: Peer, kind: Kind, sequence: int) -> None:
+        """An acknowledgement, or the wish for one, on a frame that takes no credit."""
+        buffer = encode(Frame(Header(kind, self._rank)), self._pool.take)
+        self._seal_and_transmit(peer, state, kind, buffer, sequence)
 
-    def _count_and_transmit(self, peer: int, kind: Kind, buffer: WireBuffer) -> None:
+    def _seal_and_transmit(self, peer: int, state: Peer, kind: Kind, buffer: WireBuffer, sequence: int) -> None:
+        label = Label(self._incarnation, state.incarnation, sequence, state.window.tell())
+        seal(buffer, label, whole=self._check_payload)
         self._frames_sent[kind] += 1
         self._bytes_sent += buffer.size
         self._transmit(peer, buffer)
@@ -234,8 +321,9 @@ class WindowedLink(ABC):
         self._pool.give_back(buffer)
 
     def _mark_lost(self, peer: int) -> None:
-        if peer == self._rank or peer in self._lost:
+        """Found dead: nothing is sent any more. What it sent before is still heard until it is forgotten."""
+        if peer == self._rank or self._peers[peer].lost:
             return
-        self._lost.add(peer)
+        self._peers[peer].lost = True
         self._unreported.append(peer)
-        self._dropped += len(self._windows[peer].clear())
+        self._dropped += len(self._peers[peer].window.clear())

@@ -130,5 +130,5 @@ class MpiLink(WindowedLink):
             self._mark_lost(peer)
         failed.Free()
         # Buffers of unfinished sends are never reused: MPI may still read them.
-        self._abandoned += [(request, buffer) for peer, request, buffer in self._sending if peer in self._lost]
-        self._sending = [entry for entry in self._sending if entry[0] not in self._lost]
+        self._abandoned += [(request, buffer) for peer, request, buffer in self._sending if self._peers[peer].lost]
+        self._sending = [entry for entry in self._sending if not self._peers[entry[0]].lost]

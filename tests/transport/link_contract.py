@@ -114,11 +114,11 @@ def order_and_bytes(link: Link, sync: Sync) -> Program:
 
 
 def header_arrives_unchanged(link: Link, sync: Sync) -> Program:
-    header = Header(Kind.PLAN, link.rank, 2**31, 2**32 - 1, 3, 2**63, 5, 6, 7, 8)
+    header = Header(Kind.PLAN, link.rank, 0, 2**32 - 1, 3, 2**63, 5, 6, 7, 8)
     for peer in others(link):
         link.post(peer, Frame(header))
     for frame in (yield from collect(link, len(others(link)))):
-        assert frame == Frame(Header(Kind.PLAN, frame.header.sender, 2**31, 2**32 - 1, 3, 2**63, 5, 6, 7, 8))
+        assert frame == Frame(Header(Kind.PLAN, frame.header.sender, 0, 2**32 - 1, 3, 2**63, 5, 6, 7, 8))
     yield from settle(link, sync)
 
 
@@ -280,6 +280,70 @@ def collectives_have_the_trees_bits(link: Link, sync: Sync) -> Program:
     yield from sync()
 
 
+def a_life_ends_and_another_begins(link: Link, sync: Sync) -> Program:
+    """Rank 1 begins a second life where it stands: what travelled for the first is dropped, in either direction."""
+    count = DEFAULT_WINDOW // 2 - 1
+    for number in range(count):
+        for peer in others(link):
+            if 1 in (peer, link.rank):
+                link.post(peer, numbered(link, number))
+    yield from sync()
+    if link.rank == 1:
+        link.renew(1)
+        for peer in others(link):
+            link.post(peer, numbered(link, 100))
+    else:
+        link.forget(1)
+        link.post(1, numbered(link, 50))
+        assert link.stats().dropped == 1
+    yield from sync()
+    received: list[Frame] = []
+    if link.rank == 1:
+        # Who was quick has admitted the second life by now, and sends to it.
+        while link.stats().stale < count * len(others(link)):
+            received += link.poll()
+            yield
+    else:
+        # What the second life sent early is not heard before it is admitted.
+        while link.stats().stale < count:
+            assert link.poll() == []
+            yield
+        with pytest.raises(ValueError, match="life 0 cannot be admitted"):
+            link.admit(1, 0)
+        link.admit(1, 1)
+        link.post(1, numbered(link, 200))
+    received += yield from collect(link, (len(others(link)) if link.rank == 1 else 1) - len(received))
+    assert {frame.header.step for frame in received} == {200 if link.rank == 1 else 100}
+    assert {frame.header.incarnation for frame in received} == {0 if link.rank == 1 else 1}
+    yield from settle(link, sync)
+
+
+def frames_of_both_lives_apart(link: Link, sync: Sync) -> Program:
+    """A window's worth lies unsent when a life ends: the next one begins with an open window and number one."""
+    if link.rank == 0:
+        for number in range(3 * DEFAULT_WINDOW):
+            link.post(1, numbered(link, number))
+        link.forget(1)
+        assert (link.stats().queued, link.stats().in_flight) == (0, 0)
+        assert link.stats().dropped == 2 * DEFAULT_WINDOW
+    yield from sync()
+    if link.rank == 1:
+        link.renew(5)
+        with pytest.raises(ValueError, match="cannot begin life 5"):
+            link.renew(5)
+    yield from sync()
+    if link.rank == 0:
+        link.admit(1, 5)
+        for number in range(DEFAULT_WINDOW):
+            link.post(1, numbered(link, number))
+        assert link.stats().queued == 0
+    elif link.rank == 1:
+        frames = yield from collect(link, DEFAULT_WINDOW)
+        assert [frame.header.step for frame in frames] == list(range(DEFAULT_WINDOW))
+        assert link.stats().stale == DEFAULT_WINDOW
+    yield from settle(link, sync)
+
+
 CONTRACT: tuple[Callable[[Link, Sync], Program], ...] = (
     order_and_bytes,
     header_arrives_unchanged,
@@ -289,5 +353,7 @@ CONTRACT: tuple[Callable[[Link, Sync], Program], ...] = (
     both_sides_flood,
     credits_cost_little,
     idle_sends_nothing,
+    a_life_ends_and_another_begins,
+    frames_of_both_lives_apart,
     collectives_have_the_trees_bits,
 )

@@ -14,7 +14,7 @@ def answer(*, sender: int = 1, generation: int = 0, step: int = 0, attempt: int 
 
 
 def test_key_names_the_work_and_the_sender_but_not_the_attempt() -> None:
-    frame = Frame(Header(Kind.COLLECTIVE, 5, 9, 1, 9, 2, 3, 4, 9, 6, 9))
+    frame = Frame(Header(Kind.COLLECTIVE, 5, 9, 1, 9, 2, 3, 4, 9, 6))
     assert key_of(frame) == MailKey(Kind.COLLECTIVE, 1, 2, 3, 4, 6, 5)
 
 
