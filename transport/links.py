@@ -69,6 +69,10 @@ class Link(Protocol):
         """Peers found dead since the last call; each is named once."""
         ...
 
+    def take_joined(self) -> list[tuple[int, int]]:
+        """Lives (rank, incarnation) that came within reach since the last call, and wait to be admitted."""
+        ...
+
     def forget(self, peer: int) -> None:
         """This life of the peer is over: what waits for it is dropped, what still comes from it as well."""
         ...
@@ -135,6 +139,7 @@ class WindowedLink(ABC):
         self._pool = BufferPool()
         self._early: list[tuple[int, memoryview]] = []
         self._unreported: list[int] = []
+        self._joined: list[tuple[int, int]] = []
         self._next_tick = 0.0
         self._frames_sent = dict.fromkeys(Kind, 0)
         self._bytes_sent = self._frames_received = self._bytes_received = 0
@@ -206,6 +211,11 @@ class WindowedLink(ABC):
                 if state.window.must_tell():
                     self._send_alone(peer, state, Kind.CREDIT, 0)
         return frames
+
+    def take_joined(self) -> list[tuple[int, int]]:
+        """See Link."""
+        joined, self._joined = self._joined, []
+        return joined
 
     def forget(self, peer: int) -> None:
         """See Link."""
@@ -327,3 +337,7 @@ class WindowedLink(ABC):
         self._peers[peer].lost = True
         self._unreported.append(peer)
         self._dropped += len(self._peers[peer].window.clear())
+
+    def _mark_joined(self, peer: int, incarnation: int) -> None:
+        """A life of a peer is within reach."""
+        self._joined.append((peer, incarnation))

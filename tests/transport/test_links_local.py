@@ -56,7 +56,7 @@ def test_lost_peer_is_named_once_and_its_frames_are_dropped() -> None:
     for step in range(20):
         healthy.post(1, frame_from(0, step))
     doomed.post(0, frame_from(1))
-    network.lose(1)
+    network.kill(1)
     assert healthy.take_lost() == [1]
     assert healthy.take_lost() == []
     assert healthy.poll() == []
@@ -86,7 +86,7 @@ def test_what_is_no_frame_is_counted_and_costs_nothing() -> None:
     sender, receiver = network.links
     for step in range(7):
         sender.post(1, frame_from(0, step))
-    network.carry(0, 1, memoryview(bytearray(b"not a frame" * 20)))
+    network.carry(sender, 1, memoryview(bytearray(b"not a frame" * 20)))
     sender.post(1, frame_from(0, 7))
     assert [frame.header.step for frame in receiver.poll()] == list(range(8))
     assert receiver.stats().protocol_errors == 1
