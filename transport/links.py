@@ -66,7 +66,7 @@ class Link(Protocol):
         ...
 
     def take_lost(self) -> list[int]:
-        """Peers found dead since the last call; each is named once."""
+        """Peers whose admitted life was found dead since the last call; each life is named once."""
         ...
 
     def take_joined(self) -> list[tuple[int, int]]:
@@ -145,7 +145,7 @@ class WindowedLink(ABC):
         self._bytes_sent = self._frames_received = self._bytes_received = 0
         self._dropped = self._protocol_errors = self._stale = self._duplicates = 0
         for peer, life in (dict.fromkeys(self._peers, 0) if peers is None else peers).items():
-            self.admit(peer, life)
+            self._peers[peer].admit(life, self._new_window())
 
     @abstractmethod
     def _transmit(self, peer: int, buffer: WireBuffer) -> None:
@@ -334,9 +334,11 @@ class WindowedLink(ABC):
         """Found dead: nothing is sent any more. What it sent before is still heard until it is forgotten."""
         if peer == self._rank or self._peers[peer].lost:
             return
-        self._peers[peer].lost = True
-        self._unreported.append(peer)
-        self._dropped += len(self._peers[peer].window.clear())
+        state = self._peers[peer]
+        state.lost = True
+        self._dropped += len(state.window.clear())
+        if state.admitted:
+            self._unreported.append(peer)
 
     def _mark_joined(self, peer: int, incarnation: int) -> None:
         """A life of a peer is within reach."""

@@ -39,13 +39,17 @@ def linger(progress: Callable[[], object]) -> NoReturn:
         os.sched_yield()
 
 
-def mpirun_command(num_ranks: int, arguments: list[str]) -> list[str]:
-    """The documented line, with the interpreter that runs the tests. Skips the test where there is no mpirun."""
+def mpirun_command(num_ranks: int, arguments: list[str], slots: int | None = None) -> list[str]:
+    """The documented line, with the interpreter that runs the tests. Skips the test where there is no mpirun.
+
+    With `slots` no more processes than that can ever be started.
+    """
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("mpirun is not installed: pip install 'moemesh[mpi]'")
-    flags = ["--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1"]
+    room = ["--oversubscribe"] if slots is None else ["--host", f"localhost:{slots}"]
+    flags = ["--with-ft", "ulfm", *room, "--bind-to", "none", "--mca", "pml", "ob1"]
     return [mpirun, *flags, "-n", str(num_ranks), sys.executable, *arguments]
 
 
@@ -58,10 +62,12 @@ def mpirun_environment() -> dict[str, str]:
 
 
 @contextmanager
-def started_ranks(num_ranks: int, arguments: list[str], *, timeout_s: float = 120.0) -> Iterator[subprocess.Popen[str]]:
+def started_ranks(
+    num_ranks: int, arguments: list[str], *, slots: int | None = None, timeout_s: float = 120.0
+) -> Iterator[subprocess.Popen[str]]:
     """Run `python ARGUMENTS` on every rank, both outputs in one pipe; ended after `timeout_s`, and with the context."""
     process = subprocess.Popen(
-        mpirun_command(num_ranks, arguments),
+        mpirun_command(num_ranks, arguments, slots),
         env=mpirun_environment(),
         cwd=ROOT,
         stdin=subprocess.DEVNULL,

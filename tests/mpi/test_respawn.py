@@ -1,0 +1,31 @@
+"""A rank is killed and replaced, again and again, while the others go on talking."""
+
+from tests.mpi.launch import await_lines, started_ranks
+
+
+def test_lives_follow_each_other_and_leave_nothing_behind() -> None:
+    lives = ["whole", "whole", "stillborn", "whole", "short", "whole", "whole"]
+    count = lives.count("whole")
+    with started_ranks(3, ["tests/mpi/run_respawn.py", *lives]) as process:
+        lines = [line.split()[1:] for line in await_lines(process, "cycle", 2 * count)]
+    for rank in ("0", "1"):
+        mine = [[int(value) for value in line[1:]] for line in lines if line[0] == rank]
+        assert [incarnation for incarnation, _, _ in mine] == [1, 2, 4, 6, 7]
+        descriptors = [descriptors for _, descriptors, _ in mine]
+        assert max(descriptors) == descriptors[0]
+        kilobytes = [kilobytes for _, _, kilobytes in mine]
+        assert kilobytes[-1] < kilobytes[0] + 8192
+
+
+def test_no_slot_is_reported_and_kills_nobody() -> None:
+    with started_ranks(1, ["tests/mpi/run_meetings.py", "ours"], slots=1) as process:
+        (line,) = await_lines(process, "failed", 1)
+    assert "NotMet(rank=1, incarnation=1" in line
+    assert "no slots, unless it was started with --oversubscribe" in line
+
+
+def test_a_stranger_is_refused() -> None:
+    with started_ranks(1, ["tests/mpi/run_meetings.py", "theirs"]) as process:
+        (line,) = await_lines(process, "failed", 1)
+    assert "hello of" in line
+    assert "theirs" in line
