@@ -52,14 +52,13 @@ _ITEM_BYTES = tuple(dtype.itemsize for dtype in _DTYPES)
 # magic, checksum, version, kind, number of tensors, sender, the label, the other fields of the header in order
 _HEADER = struct.Struct("<4sIHBBIIIQQIIQHHHH")
 _DESCRIPTOR = struct.Struct("<BBH4I")
-_PREAMBLE = struct.Struct("<4sIHBBIIIQQ")
 _LABEL = struct.Struct("<IIQQ")
 _LABEL_OFFSET = 16
 _CHECKSUM = struct.Struct("<I")
 _CHECKSUM_OFFSET = 4
 _CHECKED_FROM = 8
+_NUM_TENSORS_OFFSET = 11
 assert _HEADER.size == 64
-assert _PREAMBLE.size == _LABEL_OFFSET + _LABEL.size
 
 
 class Kind(IntEnum):
@@ -205,16 +204,21 @@ def seal(buffer: WireBuffer, label: Label, *, whole: bool = False) -> None:
     """Write label and checksum of an encoded frame: known only when it leaves. `whole`: the payload is checked too."""
     memory = buffer.memory
     _LABEL.pack_into(memory, _LABEL_OFFSET, *label)
-    end = buffer.size if whole else _HEADER.size + memory[11] * _DESCRIPTOR.size
+    end = buffer.size if whole else _HEADER.size + memory[_NUM_TENSORS_OFFSET] * _DESCRIPTOR.size
     _CHECKSUM.pack_into(memory, _CHECKSUM_OFFSET, zlib.crc32(memory[_CHECKED_FROM:end]))
 
 
-def unseal(memory: memoryview, *, whole: bool = False) -> tuple[Kind, int, Label]:
-    """Kind, sender and label of a sealed frame. Raises ProtocolError for what was not sealed so, or was damaged."""
+def decode(memory: memoryview, *, whole: bool = False) -> tuple[Frame, Label]:
+    """A sealed frame, checked to the last byte, and its label. Zero-copy (the tensors keep the memory alive).
+
+    Raises ProtocolError for anything that `encode` and `seal` do not write, and for damage (to the payload only with
+    `whole`, as it was sealed); never anything else, whatever the bytes.
+    """
     size = memory.nbytes
     if size < _HEADER.size:
         raise ProtocolError(f"frame of {size} bytes is shorter than its header of {_HEADER.size}")
-    magic, checksum, version, kind, num_tensors, sender, *label = _PREAMBLE.unpack_from(memory)
+    values = _HEADER.unpack_from(memory)
+    magic, checksum, version, kind, num_tensors, sender, incarnation = values[:7]
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(f"not a frame of version {VERSION}: magic {magic!r}, version {version}")
     end = _HEADER.size + num_tensors * _DESCRIPTOR.size
@@ -225,16 +229,8 @@ def unseal(memory: memoryview, *, whole: bool = False) -> tuple[Kind, int, Label
     found = zlib.crc32(memory[_CHECKED_FROM : size if whole else end])
     if found != checksum:
         raise ProtocolError(f"frame from rank {sender} says its checksum is {checksum:08x} and it is {found:08x}")
-    return _KINDS[kind], sender, Label._make(label)
-
-
-def decode(memory: memoryview) -> Frame:
-    """The frame in memory that `unseal` let pass. Zero-copy for writable memory (the tensors keep it alive).
-
-    Raises ProtocolError for anything that `encode` does not write; never anything else, whatever the bytes.
-    """
-    _, _, _, kind, num_tensors, sender, incarnation, _, _, _, *values = _HEADER.unpack_from(memory)
-    return Frame(Header(_KINDS[kind], sender, incarnation, *values), _read_tensors(memory, num_tensors))
+    header = Header(_KINDS[kind], sender, incarnation, *values[10:])
+    return Frame(header, _read_tensors(memory, num_tensors)), Label._make(values[6:10])
 
 
 def _read_tensors(memory: memoryview, num_tensors: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from transport.buffers import BufferPool, WireBuffer
 from transport.errors import ProtocolError
 from transport.flow_control import DEFAULT_MAX_QUEUED, DEFAULT_WINDOW, CreditWindow
-from transport.frame import Frame, Header, Kind, Label, decode, encode, seal, unseal
+from transport.frame import Frame, Header, Kind, Label, decode, encode, seal
 from transport.peers import Peer
 from transport.trace import Trace, now
 
@@ -288,12 +288,13 @@ class WindowedLink(ABC):
         return CreditWindow(self._credit_window, self._max_queued)
 
     def _accept(self, source: int, data: memoryview, frames: list[Frame]) -> None:
-        """Read one buffer's label, book it, and decode it if it is a frame for this life that had not come yet."""
+        """Decode one buffer and book it; it is handed out if it is for this life and had not come yet."""
         peer = self._peers[source]
         try:
-            kind, sender, label = unseal(data, whole=self._check_payload)
-            if sender != source:
-                raise ProtocolError(f"frame from rank {source} says it is from {sender}")
+            frame, label = decode(data, whole=self._check_payload)
+            kind = frame.header.kind
+            if frame.header.sender != source:
+                raise ProtocolError(f"frame from rank {source} says it is from {frame.header.sender}")
             if not peer.hears(label, self._incarnation):
                 self._stale += not peer.keep_early(label, self._incarnation, data, self._credit_window)
                 return
@@ -302,7 +303,7 @@ class WindowedLink(ABC):
                 peer.window.probed(label.sequence)
             elif kind is not Kind.CREDIT:
                 if peer.window.arrived(label.sequence):
-                    frames.append(decode(data))
+                    frames.append(frame)
                 else:
                     self._duplicates += 1
         except ProtocolError:
