@@ -7,7 +7,8 @@
 No call here is collective over more than two processes, and each runs in a thread of its own, so that nobody's frames
 wait. Open MPI takes the name of a port for a key that both sides look up, and asks for nothing behind it: so the name
 is made of the two lives that meet, and need not be told to anybody. Whoever comes first waits, asleep, for at most ten
-minutes. Newcomers connect only to those who were there before them, in one order: no circle of waiting can form.
+minutes. Newcomers connect only to those who were there before them, in one order and one at a time: in each process MPI
+agrees on the number of one new communicator at a time, and so no circle of waiting can form.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 
 HELLO_TAG = 2
-HELLO_SECONDS = 10.0
+HELLO_SECONDS = 30.0
+PATIENCE_SECONDS = 2.0
 _LOOK_SECONDS = 0.0005
 
 # magic, version of the frames, run, rank, incarnation
@@ -89,12 +91,16 @@ class MpiMeetings:
         self._begin(rank, incarnation, lambda _: self._mpi.Comm.Get_parent())
 
     def connect(self, lives: Sequence[tuple[int, int]]) -> None:
-        """A newcomer's other meetings, one after the other; each of these lives must `accept` it."""
+        """A newcomer's other meetings, one after the other; each of these lives must `accept` it.
+
+        Who does not come for PATIENCE_SECONDS, being stopped perhaps, is waited for beside the next.
+        """
 
         def connect_all() -> None:
             for rank, incarnation in sorted(lives):
                 name = self._name(rank, incarnation, self.rank, self.incarnation)
-                self._meet(rank, incarnation, lambda own, name=name: own.Connect(name))  # type: ignore[misc]
+                meeting = self._begin(rank, incarnation, lambda own, name=name: own.Connect(name))  # type: ignore[misc]
+                meeting.join(PATIENCE_SECONDS)
 
         threading.Thread(target=connect_all, name="connect", daemon=True).start()
 
@@ -118,21 +124,22 @@ class MpiMeetings:
     def _name(self, host: int, host_incarnation: int, guest: int, guest_incarnation: int) -> str:
         return f"moemesh-{self.run_id}-{host}.{host_incarnation}-{guest}.{guest_incarnation}"
 
-    def _begin(self, rank: int, incarnation: int, way: Callable[[Intracomm], Intercomm]) -> None:
+    def _begin(self, rank: int, incarnation: int, way: Callable[[Intracomm], Intercomm]) -> threading.Thread:
         arguments = (rank, incarnation, way)
-        threading.Thread(target=self._meet, args=arguments, name=f"meet rank {rank}", daemon=True).start()
+        meeting = threading.Thread(target=self._meet, args=arguments, name=f"meet rank {rank}", daemon=True)
+        meeting.start()
+        return meeting
 
     def _meet(self, rank: int, incarnation: int, way: Callable[[Intracomm], Intercomm]) -> None:
-        """One meeting, in a helper thread. Whatever goes wrong is reported: nobody waits for this thread."""
+        """One meeting, in a helper thread. Whatever goes wrong is reported: nobody waits for this thread.
+
+        A communicator that came to nothing is not freed: its peer may yet live.
+        """
         began = time.monotonic()
         try:
             comm = self._reach(way)
             comm.Set_errhandler(self._mpi.ERRORS_RETURN)
-            try:
-                self._say_hello(comm, rank, incarnation)
-            except BaseException:
-                comm.Free()
-                raise
+            self._say_hello(comm, rank, incarnation)
         except (self._mpi.Exception, ProtocolError, SpawnError) as error:
             self._failed.put(NotMet(rank, incarnation, str(error)))
             return

@@ -3,7 +3,8 @@
 `run_respawn.py LIFE ...`: ranks 0 and 1 survive; rank 0 spawns each new life of rank 2, rank 1 accepts it, and the two
 exchange frames with each other all the while. `run_respawn.py newcomer LIFE INCARNATION`: one such life. A "whole" one
 answers what it is sent until it is told to die; a "stillborn" one dies before MPI knows it, a "short" one before it has
-met anybody. Nobody is told of the latter two: the next life simply follows.
+met anybody. Nobody is told of the latter two: the next life simply follows. A "stuck" one is met and then stands still,
+with frames under way to it: it is given up, and dies after the next one was met.
 """
 
 import os
@@ -32,7 +33,8 @@ class Survivor:
 
     def __init__(self, link: MpiLink, meetings: MpiMeetings) -> None:
         self.link, self.meetings, self.peer = link, meetings, 1 - link.rank
-        self.rounds = self.answers = self.cycles = self.cycles_of_peer = 0
+        self.rounds = self.answers = self.meetings_with_peer = self.calls_of_peer = 0
+        self.pid_of_stuck: int | None = None
         self.longest = 0.0
         self._asked_at = time.monotonic()
         if link.rank == 0:
@@ -57,7 +59,9 @@ class Survivor:
                     assert torch.equal(frame.tensors[0], self.content(frame.header.step))
                     self.answers += 1
                 case Kind.SAMPLES:
-                    self.cycles_of_peer += 1
+                    self.calls_of_peer += 1
+                case Kind.COLLECTIVE:
+                    self.pid_of_stuck = frame.header.step
         os.sched_yield()
 
     def content(self, step: int) -> torch.Tensor:
@@ -79,8 +83,8 @@ class Survivor:
         else:
             self.meetings.accept(VICTIM, incarnation)
 
-    def meet(self, incarnation: int) -> None:
-        """Wait for the new life, go on meanwhile, talk with it, have it die."""
+    def await_life(self, incarnation: int) -> None:
+        """Wait for the new life, go on meanwhile, admit it."""
         link = self.link
         self.incarnation, self.answers = incarnation, 0
         joined: list[tuple[int, int]] = []
@@ -88,23 +92,64 @@ class Survivor:
         while not joined:
             self.turn()
             joined = link.take_joined()
-            failed = self.meetings.take_failed()
+            # Of a life before, word may come late.
+            failed = [life for life in self.meetings.take_failed() if life.incarnation == incarnation]
             assert not failed, failed
         assert joined == [(VICTIM, incarnation)]
         assert self.rounds > before, "the survivors' traffic stood still"
         link.admit(VICTIM, incarnation)
         print(f"met {link.rank} {1e3 * self.longest:.1f} ms", flush=True)
+
+    def talk(self) -> None:
+        """Every frame is answered."""
+        self.answers = 0
         for step in range(ROUNDS):
-            link.post(VICTIM, Frame(Header(Kind.DISPATCH, link.rank, step=step), (self.content(step),)))
+            self.link.post(VICTIM, Frame(Header(Kind.DISPATCH, self.link.rank, step=step), (self.content(step),)))
         while self.answers < ROUNDS:
             self.turn()
-        assert link.take_lost() == []
-        link.post(self.peer, Frame(Header(Kind.SAMPLES, link.rank)))
-        self.cycles += 1
-        while self.cycles_of_peer < self.cycles:
+        assert self.link.take_lost() == []
+
+    def give_up(self) -> None:
+        """The life stands still, with more under way than it would ever have taken."""
+        while self.pid_of_stuck is None and self.link.rank == 0:
             self.turn()
-        if link.rank == 0:
-            link.post(VICTIM, Frame(Header(Kind.PLAN, 0)))
+        for step in range(ROUNDS):
+            self.link.post(VICTIM, Frame(Header(Kind.DISPATCH, self.link.rank, step=step), (torch.ones(BIG),)))
+        assert not self.link.idle()
+        self.link.forget(VICTIM)
+
+    def meet_peer(self) -> None:
+        """Wait until the other survivor has got as far."""
+        self.link.post(self.peer, Frame(Header(Kind.SAMPLES, self.link.rank)))
+        self.meetings_with_peer += 1
+        while self.calls_of_peer < self.meetings_with_peer:
+            self.turn()
+
+    def kill_stuck(self) -> None:
+        """The death of a life that was given up is not charged to the one after it."""
+        if self.pid_of_stuck is not None:
+            os.kill(self.pid_of_stuck, signal.SIGKILL)
+            self.pid_of_stuck = None
+        self.talk()
+
+    def cycle(self, life: str, incarnation: int) -> None:
+        self.replace(life, incarnation)
+        if life in ("stillborn", "short"):
+            return
+        self.await_life(incarnation)
+        if life == "stuck":
+            self.give_up()
+            self.meet_peer()
+            return
+        self.talk()
+        self.kill_stuck()
+        self.meet_peer()
+        if self.link.rank == 0:
+            self.link.post(VICTIM, Frame(Header(Kind.PLAN, 0)))
+        self.await_death()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        descriptors = len(os.listdir("/proc/self/fd"))
+        print(f"cycle {self.link.rank} {incarnation} {descriptors} {pages * 4}", flush=True)
 
 
 def survive(lives: list[str]) -> None:
@@ -119,14 +164,7 @@ def survive(lives: list[str]) -> None:
         link.post(VICTIM, Frame(Header(Kind.PLAN, 0)))
     survivor.await_death()
     for incarnation, life in enumerate(lives, start=1):
-        survivor.replace(life, incarnation)
-        if life != "whole":
-            continue
-        survivor.meet(incarnation)
-        survivor.await_death()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        descriptors = len(os.listdir("/proc/self/fd"))
-        print(f"cycle {rank} {incarnation} {descriptors} {pages * 4}", flush=True)
+        survivor.cycle(life, incarnation)
     linger(survivor.turn)
 
 
@@ -142,13 +180,24 @@ def newcomer(life: str, incarnation: int) -> None:
     link = MpiLink(None, meetings=meetings)
     admitted = 0
     while admitted < 2:
-        for peer, life in link.take_joined():
-            link.admit(peer, life)
+        for peer, incarnation_of_peer in link.take_joined():
+            link.admit(peer, incarnation_of_peer)
             admitted += 1
         failed = meetings.take_failed()
         assert not failed, failed
         os.sched_yield()
+    if life == "stuck":
+        stand_still(link)
     await_order_to_die(link)
+
+
+def stand_still(link: Link) -> None:
+    """Say who we are, and stop."""
+    link.post(0, Frame(Header(Kind.COLLECTIVE, link.rank, step=os.getpid())))
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        link.poll()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def await_order_to_die(link: Link) -> None:
