@@ -297,9 +297,11 @@ def a_life_ends_and_another_begins(link: Link, sync: Sync) -> Program:
         link.post(1, numbered(link, 50))
         assert link.stats().dropped == 1
     yield from sync()
+    received: list[Frame] = []
     if link.rank == 1:
+        # Who was quick has admitted the second life by now, and sends to it.
         while link.stats().stale < count * len(others(link)):
-            assert link.poll() == []
+            received += link.poll()
             yield
     else:
         # What the second life sent early is not heard before it is admitted.
@@ -310,7 +312,7 @@ def a_life_ends_and_another_begins(link: Link, sync: Sync) -> Program:
             link.admit(1, 0)
         link.admit(1, 1)
         link.post(1, numbered(link, 200))
-    received = yield from collect(link, len(others(link)) if link.rank == 1 else 1)
+    received += yield from collect(link, (len(others(link)) if link.rank == 1 else 1) - len(received))
     assert {frame.header.step for frame in received} == {200 if link.rank == 1 else 100}
     assert {frame.header.incarnation for frame in received} == {0 if link.rank == 1 else 1}
     yield from settle(link, sync)
