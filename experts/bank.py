@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +25,13 @@ class ExpertBank:
         self.packed = packed
         self.local_slot_E = torch.full((num_experts,), NOT_HERE, dtype=torch.int32)
         self.local_slot_E[list(logical_experts)] = torch.arange(len(logical_experts), dtype=torch.int32)
+        self._slots = self.local_slot_E.numpy()  # the same memory
         self._free = list(range(packed.num_experts - 1, len(logical_experts) - 1, -1))
 
     @property
     def logical_experts(self) -> tuple[int, ...]:
         """The experts that are resident, ascending."""
-        return tuple((self.local_slot_E != NOT_HERE).nonzero().flatten().tolist())
+        return tuple(np.flatnonzero(self._slots != NOT_HERE).tolist())
 
     @property
     def num_resident(self) -> int:
@@ -41,14 +43,14 @@ class ExpertBank:
 
     def admit(self, expert: int, slot: int) -> None:
         """The expert lies in a slot that was reserved: from now on it is resident."""
-        assert self.local_slot_E[expert] == NOT_HERE, f"expert {expert} is resident already"
-        self.local_slot_E[expert] = slot
+        assert self._slots[expert] == NOT_HERE, f"expert {expert} is resident already"
+        self._slots[expert] = slot
 
     def drop(self, expert: int) -> int:
         """The expert is resident no longer: its slot, to be unloaded and freed."""
-        slot = int(self.local_slot_E[expert])
+        slot = int(self._slots[expert])
         assert slot != NOT_HERE, f"expert {expert} is not resident"
-        self.local_slot_E[expert] = NOT_HERE
+        self._slots[expert] = NOT_HERE
         return slot
 
     def free(self, slot: int) -> None:

@@ -77,6 +77,7 @@ class PackedExperts:
         self._expert_bytes = self._starts[2] + panels.num_panels(self.hidden) * down_size
         self._memory = ReservedMemory(self.num_experts * self._expert_bytes)
         self._data = self._memory.data.view(self.num_experts, -1)
+        self._data_at = self._data.data_ptr()
         self._panel_scales = self._allocate_panel_scales()
         words: list[int] = []
         for i in range(3):
@@ -157,9 +158,10 @@ class PackedExperts:
             for slot, of_expert in zip(slots, scales, strict=True):
                 for i, scale_inv in enumerate(of_expert):
                     self._load_scale(slot, i, scale_inv)
+        start = self._data_at
         wanted = [
-            (place, self._shapes[i % 3], self._data[slots[i // 3], self._starts[i % 3] :], self._strides[i % 3])
-            for i, place in enumerate(places)
+            (place, self._shapes[i % 3], start + slots[i // 3] * self._expert_bytes + self._starts[i % 3], stride)
+            for i, (place, stride) in enumerate(zip(places, self._strides * len(slots), strict=True))
         ]
         return panels.load_files(wanted, self.dtype)
 

@@ -6,6 +6,7 @@ Legend: N rows of a weight (outputs), K columns (inputs), P panels = ceil(N / 32
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m
 SCALED = (torch.float8_e4m3fn, torch.int8)
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
 HUGE_PAGE = 2 << 20
+_OUTCOME, _FILE_WEIGHT_WORDS = 9, 11
 
 
 def check_weight_dtype(dtype: torch.dtype) -> None:
@@ -74,35 +76,21 @@ class FileWeight:
     offset: int
 
 
-FileTarget = tuple[FileWeight, tuple[int, int], torch.Tensor, int]
+FileTarget = tuple[FileWeight, tuple[int, int], int, int]
 
 
 def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
-    """Matrices from files to panels, and their checksums: of each its place, its shape [N, K], the panels that begin at
-    panels[0] and the bytes between two. One call for all of them, which needs no Python in between.
+    """Matrices from files to panels, and their checksums: of each its place, its shape [N, K], the address of its
+    panels and the bytes between two. One call for all of them, which needs no Python in between.
 
     Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
     """
-    jobs = torch.tensor(
-        [
-            (
-                place.file,
-                place.offset,
-                *shape,
-                dtype.itemsize,
-                int(dtype in _INTERLEAVED),
-                int(dtype == torch.float8_e4m3fn),
-                panels.data_ptr(),
-                stride,
-                0,
-                0,
-            )
-            for place, shape, panels, stride in weights
-        ],
-        dtype=torch.int64,
-    )  # struct FileWeight of csrc/ops.h
-    native.load(jobs.data_ptr(), len(weights))
-    outcomes = jobs[:, -2].tolist()
+    jobs = array("q")  # struct FileWeight of csrc/ops.h; made without torch, whose every operation lets go of the GIL
+    flags = dtype.itemsize, int(dtype in _INTERLEAVED), int(dtype == torch.float8_e4m3fn)
+    for place, shape, address, stride in weights:
+        jobs.extend((place.file, place.offset, *shape, *flags, address, stride, 0, 0))
+    native.load(jobs.buffer_info()[0], len(weights))
+    outcomes = jobs[_OUTCOME::_FILE_WEIGHT_WORDS]
     wrong = next((outcome for outcome in outcomes if outcome), None)
     if wrong == -1:
         raise EOFError("it ends before the weight does")
@@ -112,7 +100,7 @@ def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
         raise MemoryError("there is no memory for a weight")
     if wrong is not None:
         raise OSError(wrong, os.strerror(wrong))
-    return [checksum & (2**64 - 1) for checksum in jobs[:, -1].tolist()]
+    return [checksum & (2**64 - 1) for checksum in jobs[_OUTCOME + 1 :: _FILE_WEIGHT_WORDS]]
 
 
 def unpack(panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtype, panel_stride: int) -> torch.Tensor:

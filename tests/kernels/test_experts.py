@@ -82,14 +82,15 @@ def test_wrong_weights_are_refused() -> None:
 def test_a_slot_that_is_not_loaded_takes_no_memory() -> None:
     hidden, width, loaded = 1024, 512, 8
     bank = kernels.PackedExperts.empty(100_000, hidden, width, dtype=torch.float32)  # 600 GB
+    gate, up, down = normal(width, hidden), normal(width, hidden), normal(hidden, width)
     before = _resident_bytes()
     for slot in range(loaded):
-        bank.load(50_000 + slot, normal(width, hidden), normal(width, hidden), normal(hidden, width))
+        bank.load(50_000 + slot, gate, up, down)
     grown = _resident_bytes() - before
-    assert grown == pytest.approx(loaded * bank.expert_bytes, rel=0.25)
+    assert loaded * bank.expert_bytes <= grown < 2 * loaded * bank.expert_bytes
     for slot in range(loaded):
         bank.unload(50_000 + slot)
-    assert _resident_bytes() - before < grown / 4
+    assert _resident_bytes() - before < grown / 2
 
 
 def _resident_bytes() -> int:
