@@ -205,14 +205,18 @@ class EndsWith:
 
 @dataclass(frozen=True)
 class FlatResources:
-    """Memory, descriptors and shared memory at the end as in the steady phase, but for so much."""
+    """Memory, descriptors and shared memory as in the steady phase, but for so much.
 
+    Measured while streams run: at the end, or when the fault is at its worst.
+    """
+
+    at: Phase = "recovered"
     rss_growth: float = 0.1
     rss_bytes: int = 32 << 20
     descriptors: int = 8
 
     def judge(self, history: History, window: Window) -> Verdict:
-        before, after = history.resources.get("steady"), history.resources.get("recovered")
+        before, after = history.resources.get("steady"), history.resources.get(self.at)
         if before is None or after is None:
             return Verdict(check="resources", passed=False, found="not measured: the mesh was gone")
         grown = [name for name in vars(before) if getattr(after, name) > self._limit(name, before)]

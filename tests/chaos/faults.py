@@ -19,6 +19,7 @@ import psutil
 
 from tests.chaos import damage, hosts, scenario
 from tests.chaos.history import History, Occurrence, Refusal
+from tests.chaos.resources import measure
 from tests.chaos.scenario import Event, Role
 from tests.chaos.slowness import slowed
 from tests.chaos.streams import Clients
@@ -34,6 +35,7 @@ class Site:
     """What events act upon."""
 
     mesh: Mesh
+    frontend: psutil.Process
     draw: random.Random
     folder: Path
     requests: Sequence[dict[str, Any]]
@@ -89,7 +91,7 @@ class Player:
             case scenario.KillMpirun():
                 self._kill(self._find_mpirun(), "mpirun")
             case scenario.KillFrontend():
-                self._kill(self._ours()[self._site.mesh.get("/mesh").body["frontend_pid"]], "the frontend")
+                self._kill(self._site.frontend, "the frontend")
             case scenario.CutLink(for_s=for_s):
                 self._cut(for_s)
             case scenario.Overload(factor=factor, for_s=for_s):
@@ -178,6 +180,7 @@ class Player:
         self._note(f"a crowd of {factor * len(requests)} clients for {for_s:g} s")
 
         def disperse() -> None:
+            self._history.resources["fault"] = measure(self._site.mesh)
             self._history.crowd = crowd.finish(CROWD_FINISH_SECONDS)
             self._note("the crowd has gone")
 

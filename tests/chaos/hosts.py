@@ -67,6 +67,10 @@ class TwoHosts:
     def heal(self) -> None:
         _ip("-n", self._bridge, "link", "set", "to-b", "master", "bridge")
 
+    def left(self) -> list[Path]:
+        """What the mesh has left in the second host's TMPDIR."""
+        return list(self._other_tmp.iterdir())
+
     def within(self, host: str, *command: str) -> list[str]:
         """A command line for host "a" or "b"."""
         return ["ip", "netns", "exec", self._a if host == "a" else self._b, *command]

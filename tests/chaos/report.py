@@ -1,4 +1,4 @@
-"""Results as a table for people, a document for machines, and the story of each repetition that failed. Pure."""
+"""Results as a table for people, a document for machines, and the story of each repetition that failed."""
 
 from __future__ import annotations
 

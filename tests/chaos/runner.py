@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.chaos import damage, hosts
 from tests.chaos.checks import judge_all
@@ -78,7 +81,7 @@ def run_scenario(scenario: Scenario, seed: int, references: References) -> Resul
     try:
         run = _Run(scenario, random.Random(f"{scenario.name} {seed}"), history, folder)
         run.compare() if scenario.rival is not None else run.carry_out()
-    except (AssertionError, LookupError, OSError) as error:
+    except (AssertionError, LookupError, OSError, psutil.Error, subprocess.SubprocessError) as error:
         history.problem = f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(folder)
@@ -108,7 +111,7 @@ class _Run:
                 self._history.streams = clients.finish(0.0)
                 self._history.views = watcher.samples
                 self._note_what_was_said(site.mesh)
-            self._end(site.mesh)
+            self._end(site)
 
     def compare(self) -> None:
         """Rounds of the load on the mesh and on its rival, in turn; the one that waits computes nothing."""
@@ -147,6 +150,7 @@ class _Run:
         mesh.wait_ready()
         return Site(
             mesh=mesh,
+            frontend=psutil.Process(mesh.get("/mesh").body["frontend_pid"]),
             draw=self._draw,
             folder=self._folder,
             requests=self._requests,
@@ -202,18 +206,22 @@ class _Run:
         refusals = self._history.refusals
         self._history.refusals = [one if one.said else replace(one, said=said) for one in refusals]
 
-    def _end(self, mesh: Mesh) -> None:
+    def _end(self, site: Site) -> None:
         """Tell it to end, if the fault has not, and see what is left."""
-        told = time.monotonic()
+        mesh, told = site.mesh, time.monotonic()
         if self._scenario.outcome == "gone":
             told = self._history.last_event
-        elif mesh.process.poll() is None:
+        else:
             mesh.remember_segments()
-            mesh.process.terminate()
-        _wait_for(lambda: not mesh.left() and mesh.process.poll() is not None, PATIENT_SECONDS)
+            with suppress(psutil.NoSuchProcess):  # the fault has ended it
+                site.frontend.terminate()
+
+        def left() -> list[object]:
+            return [*mesh.left(), *(site.two_hosts.left() if site.two_hosts is not None else ())]
+
+        _wait_for(lambda: not left() and mesh.process.poll() is not None, PATIENT_SECONDS)
         seconds = time.monotonic() - told
-        left = tuple(str(one) for one in mesh.left())
-        self._history.end = MeshEnd(exit_code=mesh.process.poll(), left=left, seconds=seconds)
+        self._history.end = MeshEnd(exit_code=mesh.process.poll(), left=tuple(map(str, left())), seconds=seconds)
 
 
 class _Phase:

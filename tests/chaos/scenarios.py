@@ -144,6 +144,13 @@ KILLS = (
         )
     ),
     Scenario(
+        name="kill-one-of-two-groups",
+        row="Traffic between live ranks never stalls because of a dead or stopped one",
+        flags=GROUPS_APART,
+        events=kill(Role.LEADER),
+        checks=survives(LongestGap(2), Undisturbed(share=0.4, seconds=0.3)),
+    ),
+    Scenario(
         name="kill-two-with-replicas",
         row="two ranks killed at once, replicas spread",
         flags=(*TWO_GROUPS, *REPLICAS),
@@ -277,7 +284,7 @@ LOADS = (
         row="10x overload for 30 s",
         flags=(*TWO_GROUPS, *FEW_AT_ONCE),
         events=(Overload(factor=10, for_s=30),),
-        checks=serves_on(CrowdRefused(), FlatResources()),
+        checks=serves_on(CrowdRefused(), FlatResources(at="fault", descriptors=1000), FlatResources()),
     ),
     Scenario(
         name="cost-of-fault-tolerance",
