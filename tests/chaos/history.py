@@ -80,7 +80,9 @@ class Stream:
 
 def read_stream(lines: Iterable[tuple[float, bytes]], *, cut: Ending | None, **seen: Any) -> Stream:
     """The stream from the data of its events and their times; `cut`: how it ended when no event says so."""
-    arrivals, tokens, logprobs = [], [], []
+    arrivals: list[tuple[float, int]] = []
+    tokens: list[int] = []
+    logprobs: list[Any] = []
     ending, detail = cut or "cut", str(seen.pop("detail", ""))
     for moment, data in lines:
         if data == b"[DONE]":

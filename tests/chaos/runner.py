@@ -18,7 +18,7 @@ import psutil
 from tests.chaos import damage, hosts
 from tests.chaos.checks import judge_all
 from tests.chaos.faults import Player, Site, wait_until
-from tests.chaos.history import Answer, History, MeshEnd, Phase, Verdict, Window
+from tests.chaos.history import Answer, History, MeshEnd, Phase, Stream, Verdict, Window
 from tests.chaos.resources import measure
 from tests.chaos.scenario import Load, Scenario
 from tests.chaos.streams import Clients
@@ -245,6 +245,6 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float, *, unless: Callab
     return condition()
 
 
-def _rate(streams: Sequence[Any]) -> float:
+def _rate(streams: Sequence[Stream]) -> float:
     tokens = sum(len(stream.answer.tokens) for stream in streams)
     return tokens / (max(stream.ended for stream in streams) - min(stream.sent for stream in streams))
