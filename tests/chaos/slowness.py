@@ -12,15 +12,18 @@ from pathlib import Path
 
 import psutil
 
-PERIOD_US = 20_000  # short, so that the process crawls instead of pausing
-_LEAST_QUOTA_US = 1_000  # the kernel takes no less
+MEASURE_SECONDS = 0.5
+_QUOTA_US = 1_000  # the least that the kernel takes: the process crawls instead of pausing
+_LONGEST_PERIOD_US = 1_000_000  # the most that it takes
+_LEAST_CORES = 0.02
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 @contextmanager
 def slowed(process: psutil.Process, factor: float) -> Iterator[str]:
-    """The process gets 1/factor of one core within the block; yields by which means."""
-    group = _make_group(f"moemesh-chaos-{process.pid}", factor)
+    """The process gets 1/factor of the time that it took before, within the block; yields by which means."""
+    cores = max(_LEAST_CORES, process.cpu_percent(MEASURE_SECONDS) / 100)
+    group = _make_group(f"moemesh-chaos-{process.pid}", min(_LONGEST_PERIOD_US, round(_QUOTA_US * factor / cores)))
     if group is None:
         with duty_cycle(process, factor):
             yield "SIGSTOP and SIGCONT in turn"
@@ -28,20 +31,18 @@ def slowed(process: psutil.Process, factor: float) -> Iterator[str]:
     home = _home_of(process.pid, group)
     try:
         _move(process.pid, group)
-        yield f"quota of {group}"
+        yield f"it took {cores:.2f} cores, now a quota of {group}"
     finally:
         with suppress(OSError):  # it has ended
             _move(process.pid, home)
         _remove(group)
 
 
-def _make_group(name: str, factor: float) -> Path | None:
-    """A new control group that runs 1/factor of the time, version 2 or 1; None where we may not make one."""
-    quota = max(_LEAST_QUOTA_US, round(PERIOD_US / factor))
-    period = round(quota * factor)
+def _make_group(name: str, period_us: int) -> Path | None:
+    """A new control group with the least quota in each period, version 2 or 1; None where we may not make one."""
     for base, settings in (
-        (_CGROUPS, {"cpu.max": f"{quota} {period}"}),
-        (_CGROUPS / "cpu", {"cpu.cfs_period_us": str(period), "cpu.cfs_quota_us": str(quota)}),
+        (_CGROUPS, {"cpu.max": f"{_QUOTA_US} {period_us}"}),
+        (_CGROUPS / "cpu", {"cpu.cfs_period_us": str(period_us), "cpu.cfs_quota_us": str(_QUOTA_US)}),
     ):
         group = base / name
         try:
@@ -87,7 +88,7 @@ def _remove(group: Path) -> None:
 def duty_cycle(process: psutil.Process, factor: float) -> Iterator[None]:
     """The process runs 1/factor of the time within the block, and all of it afterwards."""
     over = threading.Event()
-    run_s = _LEAST_QUOTA_US * 1e-6 * 5
+    run_s = 5 * _QUOTA_US * 1e-6
 
     def cycle() -> None:
         with suppress(ProcessLookupError):
