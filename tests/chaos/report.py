@@ -45,8 +45,9 @@ def _row(name: str, repetitions: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _failed_labels(result: Result) -> list[str]:
-    problem = ["not carried out"] if result.history.problem else []
-    return problem + [f"{one.phase} {one.check}" for one in result.verdicts if not one.passed]
+    if result.history.problem:
+        return ["not carried out"]
+    return [f"{one.phase} {one.check}" for one in result.verdicts if not one.passed]
 
 
 def _figures(repetitions: Sequence[Result]) -> list[str]:
@@ -66,7 +67,7 @@ def story(result: Result) -> str:
     history = result.history
     zero = min((window.start for window in history.windows.values()), default=0.0)
     lines = [f"{result.scenario.name}, seed {result.seed}: {'passed' if result.passed else 'FAILED'}"]
-    lines += [f"  {_verdict(verdict)}" for verdict in result.verdicts]
+    lines += [f"  {_verdict(verdict)}" for verdict in result.verdicts if verdict.phase in history.windows]
     if history.problem:
         lines += ["  not carried out:", *_indented(history.problem)]
     moments = sorted(_moments(history), key=lambda moment: moment[0])
