@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from moemesh.bench.machine import describe_hardware, describe_versions
+from moemesh.bench.results import write_result
 from tests.chaos.report import document, story, table
 from tests.chaos.runner import Obstacle, References, Result, run_scenario
 from tests.chaos.scenarios import IN_CI, SCENARIOS
@@ -61,7 +61,7 @@ def _write(folder: Path, results: Sequence[Result], obstacles: dict[str, str]) -
     folder.mkdir(exist_ok=True)
     path = folder / f"{now:%Y-%m-%d-%H%M%S}.json"
     head = {"date": now.isoformat(timespec="seconds"), "hardware": describe_hardware(), "versions": describe_versions()}
-    path.write_text(json.dumps(head | document(results, obstacles), indent=1) + "\n")
+    write_result(path, head | document(results, obstacles))
     path.with_suffix(".md").write_text(table(results, obstacles) + "\n")
     return path
 

@@ -98,10 +98,14 @@ def join_after(how: Damage) -> tuple[Event, ...]:
     return (DamageCheckpoint(how=how), *kill(Role.EXPERTS_ONLY))
 
 
-NO_FAULT = (
-    Scenario(name="no-fault-two-groups", row="no fault", flags=TWO_GROUPS, checks=serves_on(LongestGap(1))),
-    Scenario(name="no-fault-one-group", row="no fault", flags=ONE_GROUP, checks=serves_on(LongestGap(1))),
-    Scenario(name="no-fault-experts-apart", row="no fault", flags=EXPERTS_APART, checks=serves_on(LongestGap(1))),
+NO_FAULT = tuple(
+    Scenario(
+        name=f"no-fault-{name}",
+        row="no fault",
+        flags=flags,
+        checks=serves_on() | {"steady": (Flowing(), LongestGap(1))},
+    )
+    for name, flags in (("two-groups", TWO_GROUPS), ("one-group", ONE_GROUP), ("experts-apart", EXPERTS_APART))
 )
 
 KILLS = (
