@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -67,5 +68,6 @@ def _write(folder: Path, results: Sequence[Result], obstacles: dict[str, str]) -
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind then, either
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main(sys.argv[1:]))
