@@ -179,7 +179,10 @@ class MeshEnd:
 
 @dataclass(kw_only=True)
 class History:
-    """One repetition of a scenario. `problem`: why it could not be carried out to its end."""
+    """One repetition of a scenario.
+
+    `problem`: why it could not be carried out to its end. `lateness`: seconds by which the harness itself ran late.
+    """
 
     windows: dict[Phase, Window] = field(default_factory=dict)
     streams: list[Stream] = field(default_factory=list)
@@ -192,6 +195,7 @@ class History:
     rates: dict[str, list[float]] = field(default_factory=dict)
     end: MeshEnd | None = None
     problem: str = ""
+    lateness: float = 0.0
     log: str = ""
 
     @property

@@ -70,6 +70,7 @@ def story(result: Result) -> str:
     lines += [f"  {_verdict(verdict)}" for verdict in result.verdicts if verdict.phase in history.windows]
     if history.problem:
         lines += ["  not carried out:", *_indented(history.problem)]
+    lines += [f"  the harness itself was at most {history.lateness:.2f} s late"]
     moments = sorted(_moments(history), key=lambda moment: moment[0])
     lines += [f"  {when - zero:8.2f} s  {what}" for when, what in moments]
     lines += ["  the mesh's last words:", *_indented(history.log)] if not result.passed and history.log else []

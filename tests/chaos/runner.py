@@ -29,6 +29,7 @@ BEGIN_SECONDS = 60.0  # in which every client must have its first tokens
 FIRST_TOKENS = 8
 STEADY_SECONDS = (1.5, 4.0)
 FINISH_SECONDS = 120.0
+MOST_LATE_SECONDS = 1.0
 PATIENT_SECONDS = 30.0  # for processes to go; the bar is the checks'
 RIVAL_ROUNDS = 3
 LOG_SHOWN = 4000
@@ -109,9 +110,12 @@ class _Run:
                     self._phases(site.mesh, clients, watcher, player)
             finally:
                 self._history.streams = clients.finish(0.0)
+                self._history.lateness = clients.lateness
                 self._history.views = watcher.samples
                 self._note_what_was_said(site.mesh)
             self._end(site)
+        late = self._history.lateness
+        assert late < MOST_LATE_SECONDS, f"the harness itself stood still for {late:.1f} s: nothing it measured holds"
 
     def compare(self) -> None:
         """Rounds of the load on the mesh and on its rival, in turn; the one that waits computes nothing."""

@@ -18,6 +18,7 @@ import aiohttp
 from tests.chaos.history import Ending, Stream, read_stream
 
 SILENCE_SECONDS = 30.0  # a stream that is still this long is taken for dead
+TICK_SECONDS = 0.02
 LONGEST_LINE = 1 << 20
 MOST_PATIENCE = 1.0  # seconds that a refused client waits, whatever Retry-After says
 
@@ -72,6 +73,7 @@ class Clients:
         self._recordings: list[_Recording] = []
         self._received: Counter[int] = Counter()
         self._active = self._num_clients
+        self.lateness = 0.0
         self._loop = asyncio.new_event_loop()
         self._finishing = asyncio.Event()
         self._main: asyncio.Task[None] | None = None
@@ -129,8 +131,17 @@ class Clients:
             aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=LONGEST_LINE) as session,
             asyncio.TaskGroup() as group,
         ):
-            for client in range(self._num_clients):
-                group.create_task(self._client(session, client))
+            ticker = group.create_task(self._tick())
+            await asyncio.wait([group.create_task(self._client(session, one)) for one in range(self._num_clients)])
+            ticker.cancel()
+
+    async def _tick(self) -> None:
+        """How late this very loop runs: what it sees of a token's time is no better."""
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(TICK_SECONDS)
+            self.lateness = max(self.lateness, loop.time() - before - TICK_SECONDS)
 
     async def _client(self, session: aiohttp.ClientSession, client: int) -> None:
         kind = client % len(self._requests)
