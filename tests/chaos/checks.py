@@ -128,9 +128,10 @@ class Degraded:
         if not history.views:
             return Verdict(check="degraded", passed=False, found="nobody answered on /mesh")
         last = [sample for sample in history.views if sample.moment < window.end][-1]
-        said = "degraded" in last.health_body
-        found = f"/health {last.health} {'says' if said else 'does not say'} degraded"
-        passed = last.reachable and not last.whole and last.health == 200 and said
+        said = "says" if last.degraded else "does not say"
+        missing = "no rank" if last.whole else "a rank" if last.reachable else "everybody"
+        found = f"/health {last.health} {said} degraded, {missing} is missing"
+        passed = last.reachable and not last.whole and last.health == 200 and last.degraded
         return Verdict(check="degraded", passed=passed, found=found)
 
 

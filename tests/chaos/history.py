@@ -132,6 +132,14 @@ class ViewSample:
         return bool(self.ranks)
 
     @property
+    def degraded(self) -> bool:
+        """Whether the body of /health says so."""
+        try:
+            return json.loads(self.health_body)["degraded"] is True
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    @property
     def whole(self) -> bool:
         return self.reachable and all(rank.state == "up" for rank in self.ranks.values())
 

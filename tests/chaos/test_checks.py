@@ -107,9 +107,9 @@ def test_whole_again() -> None:
 def test_degraded_and_saying_so() -> None:
     seen = struck(WELL)
     assert not passes(checks.Degraded(), seen)
-    seen.views = [view(11.0, ("up", 0), ("dead", 0), body='{"status": "degraded"}')]
+    seen.views = [view(11.0, ("up", 0), ("dead", 0), body='{"degraded": true}')]
     assert passes(checks.Degraded(), seen)
-    seen.views.append(view(12.0, ("up", 0), ("dead", 0), body='{"status": "ok"}'))
+    seen.views.append(view(12.0, ("up", 0), ("dead", 0), body='{"degraded": false}'))
     assert not passes(checks.Degraded(), seen)
     seen.views.append(view(13.0))
     assert not passes(checks.Degraded(), seen)
