@@ -34,11 +34,14 @@ def judge_all(checks: Sequence[tuple[Phase, Check]], history: History) -> list[V
 
 @dataclass(frozen=True)
 class Complete:
-    """Every stream ended complete."""
+    """Every stream that was admitted ended complete, and every stream was admitted, unless it may be `refused`."""
+
+    refused: bool = False
 
     def judge(self, history: History, window: Window) -> Verdict:
-        broken = [stream for stream in history.streams if stream.ending != "complete"]
-        found = f"{len(history.streams)} complete" if not broken else describe_endings(broken)
+        fine = ("complete", "refused") if self.refused else ("complete",)
+        broken = [stream for stream in history.streams if stream.ending not in fine]
+        found = describe_endings(broken or history.streams)
         return Verdict(check="complete", passed=bool(history.streams) and not broken, found=found)
 
 

@@ -288,7 +288,11 @@ LOADS = (
         row="10x overload for 30 s",
         flags=(*TWO_GROUPS, *FEW_AT_ONCE),
         events=(Overload(factor=10, for_s=30),),
-        checks=serves_on(CrowdRefused(), FlatResources(at="fault", descriptors=1000), FlatResources()),
+        checks={
+            "steady": (Flowing(),),
+            "fault": (CrowdRefused(), FlatResources(at="fault", descriptors=1000), FlatResources()),
+            "recovered": (Flowing(), Complete(refused=True), Identical(), NothingLeft(10), EndsWith(zero=True)),
+        },
     ),
     Scenario(
         name="cost-of-fault-tolerance",

@@ -43,6 +43,13 @@ def test_complete() -> None:
     assert verdict.found == "1 error (the mesh has failed)"
 
 
+def test_who_is_refused_was_not_admitted() -> None:
+    seen = history(WELL, stream([], client=1, ended=11.0, ending="refused", retry_after=1.0))
+    assert not passes(checks.Complete(), seen)
+    assert passes(checks.Complete(refused=True), seen)
+    assert not passes(checks.Complete(refused=True), history(WELL, BROKEN))
+
+
 def test_identical_as_far_as_a_stream_got() -> None:
     assert passes(checks.Identical(), history(WELL, OTHER, BROKEN))
     assert not passes(checks.Identical(), history())
