@@ -76,10 +76,13 @@ def mpirun_command(num_ranks: int) -> list[str]:
 class Mesh:
     """A `moemesh serve` that runs, or is about to."""
 
-    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], *, environment: Mapping[str, str] | None = None, temporary: Path | None = None
+    ) -> None:
+        """`temporary`: its TMPDIR, where that must be a certain empty folder."""
         self.folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
-        self.temporary = self.folder / "tmp"
-        self.temporary.mkdir()
+        self.temporary = temporary or self.folder / "tmp"
+        self.temporary.mkdir(exist_ok=True)
         self._mark = uuid.uuid4().hex
         self._log = self.folder / "log"
         self._segments: set[Path] = set()
@@ -200,6 +203,11 @@ class Mesh:
             folders = [Path(json.loads(line)["folder"]) for line in file.read_text().splitlines()]
             self._segments.update(folder for folder in folders if not folder.is_relative_to(self.temporary))
 
+    @property
+    def segments(self) -> frozenset[Path]:
+        """The folders that `remember_segments` has found."""
+        return frozenset(self._segments)
+
     def left(self) -> list[object]:
         """Processes, shared-memory folders and temporary files of this mesh that are still there."""
         segments = [folder for folder in self._segments if folder.exists()]
@@ -228,9 +236,11 @@ class Mesh:
 
 
 @contextmanager
-def started(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Iterator[Mesh]:
+def started(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, temporary: Path | None = None
+) -> Iterator[Mesh]:
     """A mesh whose start is not waited for and whose end the test sees to."""
-    mesh = Mesh(command, environment=environment)
+    mesh = Mesh(command, environment=environment, temporary=temporary)
     try:
         yield mesh
     finally:
