@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 SAMPLES = 8
-"""Steps that a median is taken over, and that a trial lasts."""
+"""Steps that a median is taken over, and that a trial lasts at most."""
+ENOUGH = 3
+"""Steps after which a trial ends if even the quickest of them was slower than the median of before."""
 LOYALTY = 256
 """Steps between a choice and the next trial of the other."""
 WORTHWHILE = 0.05
@@ -44,13 +46,17 @@ class _Class:
         if parts != self.parts:
             return
         self.num_steps += 1
-        if self.on_trial and self.num_steps >= SAMPLES:
+        if self.on_trial and (self.num_steps >= SAMPLES or self._hopeless()):
             self.on_trial, self.num_steps = False, 0
             self.parts = 2 if median(self.seconds[2]) < median(self.seconds[1]) else 1
         elif not self.on_trial and self.num_steps >= LOYALTY and self._worth_a_trial():
             self.on_trial, self.num_steps = True, 0
             self.parts = 3 - self.parts
             self.seconds[self.parts].clear()
+
+    def _hopeless(self) -> bool:
+        tried, before = self.seconds[self.parts], self.seconds[3 - self.parts]
+        return len(tried) >= ENOUGH and bool(before) and min(tried) > median(before)
 
     def _worth_a_trial(self) -> bool:
         return self.parts == 2 or (len(self.waiting) == SAMPLES and median(self.waiting) > WORTHWHILE)
