@@ -60,7 +60,7 @@ class Checksums:
     def save(self, path: Path) -> None:
         """Leave what was read for others. Where there is no room they compare nothing: a warning."""
         try:
-            written = path.with_suffix(".new")
+            written = path.with_name(f"{path.name}.new")  # each rank its own: they save at the same time
             written.write_text(json.dumps(self._read))
             written.replace(path)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,11 @@ def test_what_cannot_be_kept_or_read_is_a_warning(tmp_path: Path, caplog: pytest
         checksums.learn([tmp_path / "broken", tmp_path / "nothing"])
     assert "cannot be kept" in caplog.text
     assert caplog.text.count("holds no checksums") == 2
+
+
+def test_ranks_that_save_at_the_same_time_are_not_in_each_others_way(tmp_path: Path) -> None:
+    paths = [tmp_path / f"checksums.{rank}" for rank in range(4)]
+    with ThreadPoolExecutor(len(paths)) as threads:
+        for _ in range(50):
+            list(threads.map(Checksums().save, paths))
+            assert sorted(tmp_path.iterdir()) == paths
