@@ -14,7 +14,9 @@ def test_lives_follow_each_other_and_leave_nothing_behind() -> None:
         descriptors = [descriptors for _, descriptors, _ in mine]
         assert max(descriptors) == descriptors[0]
         kilobytes = [kilobytes for _, _, kilobytes in mine]
-        assert kilobytes[-1] < kilobytes[0] + 8192
+        # The allocator's pools of threads that came and went differ by up to 13 MB from run to run; the segments and
+        # buffers of six lives that were kept would be several times as much.
+        assert kilobytes[-1] < kilobytes[0] + 32 * 1024
 
 
 def test_no_slot_is_reported_and_kills_nobody() -> None:
