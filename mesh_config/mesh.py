@@ -27,7 +27,8 @@ class MeshConfig:
     MoE layer beyond one of each. `max_num_batched_tokens` and `max_num_seqs` bound a step of one group; `max_model_len`
     a sequence, prompt and output together. `num_cache_blocks` per rank is None where the free memory decides.
     `prefix_caching`: sequences with equal beginnings share the cache of these. `prefill_attention`: the form that
-    positions of a prompt take, generated ones are always absorbed.
+    positions of a prompt take, generated ones are always absorbed. `machines` names the host of each rank; empty: all
+    are on one.
     """
 
     num_ranks: int = 1
@@ -46,6 +47,7 @@ class MeshConfig:
     prefill_attention: Literal["absorbed", "expanded"] = "absorbed"
     block_size: int = BLOCK_SIZE
     device: Literal["cpu", "cuda"] = "cpu"
+    machines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= MAX_RANKS:
@@ -58,6 +60,8 @@ class MeshConfig:
         _check_choice("micro_batches", self.micro_batches, ("auto", 1, 2))
         _check_choice("block_size", self.block_size, (BLOCK_SIZE,))
         _check_choice("device", self.device, ("cpu", "cuda"))
+        if self.machines and len(self.machines) != self.num_ranks:
+            raise ConfigError(f"machines of {len(self.machines)} ranks are named, there are {self.num_ranks}")
 
     def _check_attention(self) -> None:
         a = self.attention_ranks
@@ -97,6 +101,11 @@ class MeshConfig:
         """The ranks of each attention group; the first of a group leads it."""
         starts = range(0, self.num_attention_ranks, self.attention_tp)
         return tuple(tuple(range(start, start + self.attention_tp)) for start in starts)
+
+    def beside(self, rank: int) -> tuple[int, ...]:
+        """The ranks on the host of `rank`, itself among them."""
+        ranks = tuple(range(self.num_ranks))
+        return tuple(r for r in ranks if self.machines[r] == self.machines[rank]) if self.machines else ranks
 
     def roles(self, rank: int) -> frozenset[Role]:
         roles: set[Role] = set()
@@ -144,7 +153,7 @@ class MeshConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"mesh configuration: unknown field {unknown[0]}")
-        return cls(**values)
+        return cls(**{**values, "machines": tuple(values.get("machines", ()))})
 
 
 def default_attention_tp(model: ModelConfig, attention_ranks: int, ranks_on_host: int) -> int:
@@ -155,15 +164,15 @@ def default_attention_tp(model: ModelConfig, attention_ranks: int, ranks_on_host
     return tp
 
 
-def make_mesh(model: ModelConfig, *, ranks_on_host: int | None = None, **fields: Any) -> MeshConfig:
+def make_mesh(model: ModelConfig, **fields: Any) -> MeshConfig:
     """A MeshConfig checked against `model`. `fields` are MeshConfig's; those that are None take their defaults,
-    `attention_tp` and `max_model_len` from the model. `ranks_on_host` defaults to all ranks."""
+    `attention_tp` and `max_model_len` from the model."""
     given = {name: value for name, value in fields.items() if value is not None}
     given.setdefault("max_model_len", model.max_position_embeddings)
     if "attention_tp" not in given:
         without = MeshConfig.from_dict(given)
-        ranks = without.num_ranks if ranks_on_host is None else ranks_on_host
-        given["attention_tp"] = default_attention_tp(model, without.num_attention_ranks, ranks)
+        fewest = min(len(without.beside(rank)) for rank in range(without.num_ranks))
+        given["attention_tp"] = default_attention_tp(model, without.num_attention_ranks, fewest)
     mesh = MeshConfig.from_dict(given)
     mesh.check_model(model)
     return mesh

@@ -1,12 +1,15 @@
 """A rank's heart: a thread that tells the frontend a few times a second that the process runs and how its work goes.
 
 The engine thread may be busy, waiting or stuck; the heart beats all the same. What the frontend answers is the rank's
-lease: who has not been heard for a while may have been given up, and begins nothing new.
+lease: who has not been heard for a while may have been given up, and begins nothing new. A rank that has been given up
+for good is told so through its heart, if the frontend cannot kill it itself; one that has not heard the frontend for
+`abandoned_s` takes that for granted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from moemesh.membership_records import BEAT_SECONDS
 from transport.control import ControlClient
 from transport.errors import Overloaded
 from transport.life import Life
-from transport.messages import Heard, Heartbeat
+from transport.messages import Heard, Heartbeat, Stop
 
 LEASE_SECONDS = 2.0
 
@@ -47,16 +50,21 @@ class StillHeart:
 
 
 class Heart:
-    """Beats from `start` to `stop`. `connect` gives a life its socket; it is called in the heart's own thread."""
+    """Beats from `start` to `stop`. `connect` gives a life its socket; it is called in the heart's own thread, as is
+    `end`, with the reason, when the process must go."""
 
     def __init__(
         self,
         connect: Callable[[Life], ControlClient],
         life: Life,
         *,
+        end: Callable[[str], None],
+        abandoned_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
+        self._end = end
+        self._abandoned_s = abandoned_s
         self._life = life
         self.pulse = Pulse()
         self._clock = clock
@@ -98,5 +106,10 @@ class Heart:
         next_beat = self._clock() + BEAT_SECONDS
         while (left := next_beat - self._clock()) > 0 and not self._stopping.is_set():
             control.wait(left)
-            if any(isinstance(message, Heard) for message in control.receive_all()):
-                self._heard_at = self._clock()
+            for message in control.receive_all():
+                if isinstance(message, Heard):
+                    self._heard_at = self._clock()
+                elif isinstance(message, Stop):
+                    self._end("the frontend has given it up")
+        if self._clock() - self._heard_at > self._abandoned_s:
+            self._end(f"the frontend has not been heard for {self._abandoned_s:g} s")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mesh_config import MeshConfig
 from moemesh.admission import AdmissionLimits
+from moemesh.contact import ANY_ADDRESS
 from moemesh.controller import Controller
 from moemesh.launcher import RankLauncher, RankProcesses
 from moemesh.membership_records import MembershipSettings
@@ -53,7 +54,7 @@ async def running_mesh(
     Leaving the block tells the ranks to stop and waits a moment for them; ending those that did not listen is the
     business of whoever started them.
     """
-    server = ControlServer(run.control_endpoint)
+    server = _control_server(run)
     controller = Controller(
         server,
         model_config=plan.model,
@@ -79,6 +80,16 @@ async def running_mesh(
             task.cancel()
         await asyncio.gather(serving, watching, return_exceptions=True)
         server.close()
+
+
+def _control_server(run: RunDirectory) -> ControlServer:
+    """For the ranks of this host, and those of others where there are any."""
+    contact = run.contact
+    if contact.keys is None:
+        return ControlServer(contact.endpoint)
+    server = ControlServer(contact.endpoint, ANY_ADDRESS, keys=contact.keys)
+    run.set_port(int(server.endpoints[-1].rpartition(":")[2]))
+    return server
 
 
 async def _supervised(controller: Controller) -> None:

@@ -194,7 +194,8 @@ class MeshControl:
                 if seen is not None:
                     self.tell(seen)
             case Kill(life):
-                self._watch.kill(life)
+                if not self._watch.kill(life):  # it is out of sight, on another host
+                    self.send(life, messages.Stop(), "heart")
             case Readmit(life, incarnation):
                 self._watch.rename(life, Life(life.rank, incarnation))
                 self._metrics.ranks.rename(life.rank, incarnation)

@@ -1,7 +1,6 @@
 """From options to the mesh they describe, decided once, by the frontend, before anything is started or loaded."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -42,26 +41,29 @@ class MeshPlan:
     expert_bytes: int
 
 
-def plan_mesh(options: EngineOptions) -> MeshPlan:
+def plan_mesh(options: EngineOptions, machines: tuple[str, ...] = ()) -> MeshPlan:
     """Check model folder, mesh shape and memory, before any loading. Raises ConfigError or CheckpointError, with
-    numbers."""
+    numbers.
+
+    `machines` of each rank, where there are several; this one is the first rank's, and the memory of all is taken to be
+    like its.
+    """
     model = load_model_config(options.model_folder)
     check_quantization(options, model)
-    mesh = mesh_of(options, model, device=_device(options.device))
+    mesh = mesh_of(options, model, device=_device(options.device), machines=machines)
     placement = placement_of(model, mesh)
     read_index(options.model_folder, model)
     mesh = replace(mesh, num_cache_blocks=_cache_blocks(options, model, mesh, placement))
     if mesh.device == "cpu":
-        ranks = range(mesh.num_ranks)
-        check_fits([memory_of(options, model, mesh, placement, rank) for rank in ranks], available_memory())
+        check_fits([memory_of(options, model, mesh, placement, rank) for rank in mesh.beside(0)], available_memory())
     return MeshPlan(model=model, mesh=mesh, placement=placement, expert_bytes=expert_bytes_of(options, model))
 
 
-def mesh_of(options: EngineOptions, model: ModelConfig, *, device: str, ranks_on_host: int | None = None) -> MeshConfig:
-    """The shape of the mesh; the size of its caches is not decided. Raises ConfigError."""
+def mesh_of(options: EngineOptions, model: ModelConfig, *, device: str, machines: tuple[str, ...] = ()) -> MeshConfig:
+    """The shape of the mesh; the size of its caches is not decided. `machines`: see MeshConfig. Raises ConfigError."""
     return make_mesh(
         model,
-        ranks_on_host=ranks_on_host,
+        machines=machines,
         num_ranks=options.ranks,
         attention_tp=options.attention_tp,
         attention_ranks=options.attention_ranks,
@@ -79,18 +81,15 @@ def mesh_of(options: EngineOptions, model: ModelConfig, *, device: str, ranks_on
     )
 
 
-def placement_of(model: ModelConfig, mesh: MeshConfig, machine_of: Mapping[int, str] | None = None) -> Placement:
-    """Experts and their copies spread evenly over the ranks that host any: the same answer at every rank.
-
-    `machine_of` rank: see `even_placement`.
-    """
+def placement_of(model: ModelConfig, mesh: MeshConfig) -> Placement:
+    """Experts and their copies spread evenly over the ranks that host any: the same answer at every rank."""
     return even_placement(
         model.num_experts,
         model.moe_layers,
         mesh.expert_ranks,
         mesh.num_ranks,
         redundant=mesh.redundant_experts,
-        machine_of=machine_of,
+        machine_of=dict(enumerate(mesh.machines)),
     )
 
 
@@ -151,7 +150,8 @@ def _cache_blocks(options: EngineOptions, model: ModelConfig, mesh: MeshConfig, 
         return blocks
     per_sequence = -(-mesh.max_model_len // mesh.block_size)
     smallest = replace(mesh, num_cache_blocks=1)
-    needed = sum(memory_of(options, model, smallest, placement, rank).total for rank in range(mesh.num_ranks))
+    needed = sum(memory_of(options, model, smallest, placement, rank).total for rank in mesh.beside(0))
     left = max(0, available_memory() - needed)
-    affordable = int(left * CACHE_SHARE) // per_block // mesh.num_attention_ranks
+    attending = sum(rank < mesh.num_attention_ranks for rank in mesh.beside(0))
+    affordable = int(left * CACHE_SHARE) // per_block // max(1, attending)
     return max(per_sequence, min(mesh.max_num_seqs * per_sequence, affordable))

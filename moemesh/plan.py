@@ -61,8 +61,8 @@ class _Machines:
     memory: int
 
     @property
-    def machine_of(self) -> dict[int, str]:
-        return {rank: str(host) for host, ranks in enumerate(self.hosts) for rank in ranks}
+    def of_ranks(self) -> tuple[str, ...]:
+        return tuple(str(host) for host, ranks in enumerate(self.hosts) for _ in ranks)
 
 
 def plan_report(options: PlanOptions) -> PlanReport:
@@ -71,8 +71,8 @@ def plan_report(options: PlanOptions) -> PlanReport:
     check_quantization(options, model)
     machines = _machines(options)
     device = "cpu" if options.gpu is None else "cuda"
-    mesh = mesh_of(options, model, device=device, ranks_on_host=len(machines.hosts[0]))
-    placement = placement_of(model, mesh, machines.machine_of)
+    mesh = mesh_of(options, model, device=device, machines=machines.of_ranks)
+    placement = placement_of(model, mesh)
     return _Report(options, model, mesh, placement, machines).make()
 
 

@@ -58,11 +58,12 @@ class ProcessWatch:
         watched = self._watched.get(life)
         return None if watched is None else ProcessSeen(life, watched.process.stopped())
 
-    def kill(self, life: Life) -> None:
-        """SIGKILL, where it is watched."""
+    def kill(self, life: Life) -> bool:
+        """SIGKILL; whether the process is watched."""
         watched = self._watched.get(life)
         if watched is not None:
             watched.process.send(signal.SIGKILL)
+        return watched is not None
 
     def close(self) -> None:
         """Look no more."""

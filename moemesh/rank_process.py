@@ -16,7 +16,7 @@ from mesh_config import ConfigError
 from moemesh.mpi_launch import mpi_launch
 from moemesh.run_directory import RunDirectory
 from moemesh.shard_file import CheckpointError
-from moemesh.watchdog import Watchdog, end_failed
+from moemesh.watchdog import Watchdog, end_alone, end_failed
 from transport import messages
 from transport.control import ControlClient
 from transport.life import Life
@@ -42,7 +42,7 @@ def run_rank(run: RunDirectory, incarnation: int = 0) -> NoReturn:
     Watchdog(run, started_by=started_by).start()
     launch = mpi_launch(os.environ)
     rank, num_ranks = launch or (0, 1)
-    control = ControlClient(run.control_endpoint, Life(rank, incarnation))
+    control = ControlClient(run.contact.endpoint, Life(rank, incarnation), keys=run.contact.keys)
     # Of what is imported and loaded from here on nothing is garbage: looking for it took a tenth of the time.
     gc.disable()
     try:
@@ -51,20 +51,24 @@ def run_rank(run: RunDirectory, incarnation: int = 0) -> NoReturn:
 
         serve_rank(run, num_ranks, control)
     except (ConfigError, CheckpointError) as error:
-        _fail(control, rank, str(error))
+        _fail(run, control, rank, str(error))
     except Exception as error:
         logger.exception("rank %d cannot go on", rank)
-        _fail(control, rank, f"{type(error).__name__}: {error}")
+        _fail(run, control, rank, f"{type(error).__name__}: {error}")
     control.close()
+    if run.is_remote:
+        run.remove()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _fail(control: ControlClient, rank: int, error: str) -> NoReturn:
+def _fail(run: RunDirectory, control: ControlClient, rank: int, error: str) -> NoReturn:
     control.send(messages.Failed(rank=rank, error=error))
     control.close(linger_s=GOODBYE_SECONDS)
+    if run.is_remote:
+        end_alone(run, error)
     end_failed()
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import socket
 import time
@@ -22,6 +23,7 @@ from moemesh.rank_build import build_rank
 from moemesh.rank_engine import HeartBeat
 from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory
+from moemesh.watchdog import end_alone
 from transport import messages
 from transport.control import ControlClient
 from transport.doorbell import Doorbell
@@ -34,6 +36,8 @@ from transport.trace import Trace
 
 PROGRESS_SECONDS = 0.2
 START_SECONDS = 60.0
+ABANDONED_SECONDS = 10.0
+"""Beyond the grace that the frontend gives a rank that is out of reach, before that gives up the frontend."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,13 @@ def _heart(options: EngineOptions, run: RunDirectory, life: Life) -> Heart | Sti
     """One that beats already: loading takes time."""
     if options.fault_tolerance == "off":
         return StillHeart()
-    heart = Heart(lambda life: ControlClient(run.control_endpoint, life, channel="heart"), life)
+    contact = run.contact
+    heart = Heart(
+        lambda life: ControlClient(contact.endpoint, life, channel="heart", keys=contact.keys),
+        life,
+        end=lambda reason: end_alone(run, reason),
+        abandoned_s=options.stop_grace + ABANDONED_SECONDS if run.is_remote else math.inf,
+    )
     heart.start()
     return heart
 

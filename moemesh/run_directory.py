@@ -2,7 +2,9 @@
 
     PATH/                 0700, in $XDG_RUNTIME_DIR or the temporary folder
         options.json      what was asked for; ranks read it from here
-        frontend          pid and start time of the frontend
+        frontend          pid and start time of the frontend, or that it is on another host
+        contact.json      how its ranks reach the frontend, where the mesh is on several hosts
+        port              where the frontend listens for other hosts
         processes         one line for each rank process
         companions        folders elsewhere that belong to the run, removed with it
         control           the control plane's ipc socket
@@ -26,6 +28,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from moemesh.contact import Contact
 from moemesh.options import EngineOptions, options_from_json
 from moemesh.processes import ProcessIdentity
 
@@ -41,6 +44,7 @@ SHARED_MEMORY_PER_RANK = 32 << 20
 # Prefixes of folders that may be removed as companions: ours, and Open MPI's and PRRTE's session folders.
 _COMPANION_PREFIXES = (PREFIX, "ompi.", "prte.", "prterun.")
 _REMOVE_ATTEMPTS = 20
+_ELSEWHERE = "on another host"
 
 
 class RunDirectoryError(RuntimeError):
@@ -49,18 +53,31 @@ class RunDirectoryError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """The folder of one run. `create` makes it in the frontend or its parent, `open` finds it in other processes."""
+    """The folder of one run on one host. `create` makes it in the frontend or its parent, `create_remote` in the first
+    rank of another host; `open` finds it in other processes."""
 
     path: Path
 
     @classmethod
     def create(cls, *, num_ranks: int = 1) -> RunDirectory:
         """A new folder, with this process as its frontend. The caller must `remove` it in the end, whatever happens."""
+        return cls._create(str(ProcessIdentity.current()), num_ranks)
+
+    @classmethod
+    def create_remote(cls, contact: Contact, options: EngineOptions, *, num_ranks: int) -> RunDirectory:
+        """A new folder for the ranks of a host on which the frontend is not. The last of them removes it."""
+        run = cls._create(_ELSEWHERE, num_ranks)
+        run.set_contact(contact)
+        run.write_options(options)
+        return run
+
+    @classmethod
+    def _create(cls, frontend: str, num_ranks: int) -> RunDirectory:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base_folder()))
         run = cls(path=path)
         try:
             (path / "tmp").mkdir()
-            run.set_frontend(ProcessIdentity.current())
+            _write_whole(path / "frontend", frontend)
             run.add_companion(make_shared_memory_folder(num_ranks, fallback=path))
         except BaseException:
             run.remove()
@@ -85,9 +102,33 @@ class RunDirectory:
         return cls(path=folder)
 
     @property
-    def control_endpoint(self) -> str:
-        """ZeroMQ endpoint of the control plane; the frontend binds it."""
+    def contact(self) -> Contact:
+        """How processes of this host reach the frontend."""
+        try:
+            return Contact.from_json((self.path / "contact.json").read_text())
+        except OSError:
+            return Contact(endpoint=self.own_endpoint)
+
+    def set_contact(self, contact: Contact) -> None:
+        """There are several hosts: before anybody asks for the contact. Readable by this user alone."""
+        _write_whole(self.path / "contact.json", contact.to_json())
+
+    @property
+    def own_endpoint(self) -> str:
+        """ZeroMQ endpoint in this folder; the frontend binds it."""
         return f"ipc://{self.path / 'control'}"
+
+    @property
+    def port(self) -> int | None:
+        """Where the frontend listens for other hosts, once it does."""
+        try:
+            return int((self.path / "port").read_text())
+        except OSError:
+            return None
+
+    def set_port(self, port: int) -> None:
+        """The frontend listens for other hosts."""
+        _write_whole(self.path / "port", str(port))
 
     def trace(self, rank: int) -> Path:
         """Where a rank writes what it did when."""
@@ -117,12 +158,21 @@ class RunDirectory:
         return self.companions()[0]
 
     @property
-    def frontend(self) -> ProcessIdentity:
-        """The frontend's process. Raises RunDirectoryError when the run has been removed."""
+    def frontend(self) -> ProcessIdentity | None:
+        """The frontend's process; None: it is on another host. Raises RunDirectoryError when the run is removed."""
         try:
-            return ProcessIdentity.parse((self.path / "frontend").read_text())
+            text = (self.path / "frontend").read_text()
+            return None if text == _ELSEWHERE else ProcessIdentity.parse(text)
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"the run directory {self.path} names no frontend: the mesh has ended") from error
+
+    @property
+    def is_remote(self) -> bool:
+        """The frontend is on another host: nobody but the ranks removes this folder."""
+        try:
+            return self.frontend is None
+        except RunDirectoryError:
+            return False
 
     def set_frontend(self, process: ProcessIdentity) -> None:
         """Make another process the one whose end is the end of the mesh."""

@@ -50,7 +50,7 @@ def serve(options: ServeOptions) -> int:
 
 def serve_as_rank(options: ServeOptions) -> None:
     """Be one of the `options.ranks` ranks of a user's mpirun. Never returns; raises LaunchError when it cannot."""
-    run = join_mesh(options.ranks, lambda: _prepare_attached(options))
+    run = join_mesh(options.ranks, lambda machines: _prepare_attached(options, machines))
     from moemesh.rank_process import run_rank
 
     run_rank(run)
@@ -68,19 +68,20 @@ def serve_attached(run_directory: str, starter: str) -> int:
         if not isinstance(options, ServeOptions):
             raise RunDirectoryError(f"{run.path} belongs to `moemesh {options.command}`, not to `moemesh serve`")
         with listening(options.host, options.port) as sockets:
-            return run_frontend(options, plan_mesh(options), run_directory=run, ranks=ranks, sockets=sockets)
+            plan = plan_mesh(options, run.contact.machines)
+            return run_frontend(options, plan, run_directory=run, ranks=ranks, sockets=sockets)
     finally:
         ranks.stop(_STOP_GRACE_SECONDS)
         save_trace(run)
         run.remove()
 
 
-def _prepare_attached(options: ServeOptions) -> tuple[RunDirectory, Sequence[str]]:
+def _prepare_attached(options: ServeOptions, machines: tuple[str, ...]) -> tuple[RunDirectory, Sequence[str]]:
     """In rank 0: refuse what cannot be served, then the run directory and the frontend's command."""
     from moemesh.mesh_plan import plan_mesh
 
     check_port_free(options.host, options.port)
-    plan_mesh(options)
+    plan_mesh(options, machines)
     run = RunDirectory.create(num_ranks=options.ranks)
     run.write_options(options)
     return run, module_command("moemesh", ATTACHED_FRONTEND, str(run.path), str(ProcessIdentity.current()))

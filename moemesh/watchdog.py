@@ -2,7 +2,8 @@
 
 It watches two processes: the frontend, and the parent (mpirun or the keeper). When one is gone, the mesh is over: it
 removes the run's folders, kills the other ranks of this host, stopped ones too, and its own process. SIGKILL,
-because with any other end MPI would wait for the dead in its exit handlers.
+because with any other end MPI would wait for the dead in its exit handlers. A frontend on another host cannot be
+watched; there the rank's heart ends it when the frontend has not been heard for long.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class Watchdog:
     def start(self) -> None:
         """Register this process in the run directory and watch from now on."""
         try:
-            self._frontend: ProcessIdentity | None = self._run.frontend
+            self._frontend = self._run.frontend
             self._run.register(ProcessIdentity.current())
-        except (RunDirectoryError, OSError):  # the run is already removed
-            self._frontend = None
+            self._removed = False
+        except (RunDirectoryError, OSError):
+            self._removed = True
         self._thread.start()
 
     def stop(self) -> None:
@@ -66,9 +68,9 @@ class Watchdog:
     def _lost(self) -> str | None:
         if os.getppid() != self._parent:
             return f"its parent (pid {self._parent}) is gone"
-        if self._frontend is None:
+        if self._removed:
             return f"the run directory {self._run.path} is gone"
-        if not self._frontend.alive():
+        if self._frontend is not None and not self._frontend.alive():
             return f"the frontend (pid {self._frontend.pid}) is gone"
         return None
 
@@ -83,6 +85,16 @@ def end_mesh(run_directory: RunDirectory, reason: str) -> NoReturn:
     for process in ranks:
         if process.pid != os.getpid():
             process.send(signal.SIGKILL)
+    end_failed()
+
+
+def end_alone(run_directory: RunDirectory, reason: str) -> NoReturn:
+    """Kill this process, which has lost the frontend or been given up; the last rank of its host removes the run's
+    folders. Never returns."""
+    logger.error("rank process %d ends: %s", os.getpid(), reason)
+    others = [process for process in run_directory.processes() if process.pid != os.getpid()]
+    if not any(process.alive() for process in others):
+        run_directory.remove()
     end_failed()
 
 

@@ -88,12 +88,13 @@ def check_endpoint(endpoint: str, keys: CurveKeys | None) -> None:
 class ControlServer:
     """The frontend's end: talks to the lives of ranks. Must be made and used on one running asyncio event loop."""
 
-    def __init__(self, endpoint: str, *, keys: CurveKeys | None = None) -> None:
-        """Bind. For `tcp://host:*` the `endpoint` attribute says the port that was found.
+    def __init__(self, *endpoints: str, keys: CurveKeys | None = None) -> None:
+        """Bind. For `tcp://host:*` the attribute `endpoints` says the port that was found.
 
         Raises ValueError for an unsafe endpoint, OSError (zmq.ZMQError) for one in use.
         """
-        check_endpoint(endpoint, keys)
+        for endpoint in endpoints:
+            check_endpoint(endpoint, keys)
         self.malformed = 0
         self._context = zmq.asyncio.Context()
         self._authenticator: AsyncioAuthenticator | None = None
@@ -105,11 +106,14 @@ class ControlServer:
         try:
             if keys is not None:
                 self._require_keys(keys)
-            self._socket.bind(endpoint)
+            self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
         except BaseException:
             self.close()
             raise
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _bind(self, endpoint: str) -> str:
+        self._socket.bind(endpoint)
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _require_keys(self, keys: CurveKeys) -> None:
         provider = _OneClient(keys.client_public)

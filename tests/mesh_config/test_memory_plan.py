@@ -47,7 +47,7 @@ def test_full_size_numbers() -> None:
     counts = count_parameters(FULL)
     assert counts.total == pytest.approx(671e9, rel=0.001)
     assert counts.active == pytest.approx(37e9, rel=0.02)
-    mesh = make_mesh(FULL, num_ranks=16, ranks_on_host=8, max_model_len=4096)
+    mesh = make_mesh(FULL, num_ranks=16, machines=("a",) * 8 + ("b",) * 8, max_model_len=4096)
     assert mesh.attention_tp == 8
     experts = {plan.experts for plan in plans(FULL, mesh)}
     assert len(experts) == 1

@@ -61,7 +61,7 @@ def test_default_tp(attention_ranks: int, on_host: int, tp: int) -> None:
 def test_make_mesh_fills_in_what_is_none() -> None:
     made = make_mesh(MODEL, num_ranks=4, attention_tp=None, max_model_len=None)
     assert (made.attention_tp, made.max_model_len) == (4, MODEL.max_position_embeddings)
-    assert make_mesh(MODEL, num_ranks=4, ranks_on_host=2).attention_tp == 2
+    assert make_mesh(MODEL, num_ranks=4, machines=tuple("aabb")).attention_tp == 2
 
 
 @pytest.mark.parametrize(

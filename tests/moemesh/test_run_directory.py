@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from moemesh import run_directory
+from moemesh.contact import Contact
 from moemesh.options import EngineOptions, ServeOptions
 from moemesh.processes import ProcessIdentity
 from moemesh.run_directory import RunDirectory, RunDirectoryError, make_shared_memory_folder
+from transport.control import new_curve_keys
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def test_it_is_private_and_names_its_frontend(run: RunDirectory) -> None:
     assert run.shared_memory.stat().st_mode & 0o777 == 0o700
     assert run.frontend == ProcessIdentity.current()
     assert RunDirectory.open(run.path) == run
-    assert run.control_endpoint == f"ipc://{run.path}/control"
+    assert run.contact == Contact(endpoint=f"ipc://{run.path}/control")
+    assert not run.is_remote
+    assert run.port is None
 
 
 def test_options_come_back_as_they_were(run: RunDirectory) -> None:
@@ -45,6 +49,19 @@ def test_options_come_back_as_they_were(run: RunDirectory) -> None:
     assert (run.path / "options.json").stat().st_mode & 0o777 == 0o600
     run.write_options(EngineOptions())
     assert run.read_options() == EngineOptions()
+
+
+def test_a_host_without_the_frontend_has_a_folder_too() -> None:
+    contact = Contact(endpoint="tcp://10.0.0.1:5555", keys=new_curve_keys().for_client(), machines=("a", "b"))
+    made = RunDirectory.create_remote(contact, ServeOptions(ranks=2), num_ranks=1)
+    run = RunDirectory.open(made.path)
+    assert run.is_remote
+    assert run.frontend is None
+    assert run.contact == contact
+    assert (run.path / "contact.json").stat().st_mode & 0o777 == 0o600
+    assert run.read_options() == ServeOptions(ranks=2)
+    run.remove()
+    assert not run.is_remote
 
 
 def test_processes_register(run: RunDirectory) -> None:

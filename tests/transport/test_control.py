@@ -50,7 +50,7 @@ def server_at(endpoint: tuple[str, CurveKeys | None]) -> Iterator[ControlServer]
 
 @contextmanager
 def client_of(server: ControlServer, rank: int, keys: CurveKeys | None) -> Iterator[ControlClient]:
-    client = ControlClient(server.endpoint, Life(rank), keys=keys and keys.for_client())
+    client = ControlClient(server.endpoints[0], Life(rank), keys=keys and keys.for_client())
     try:
         yield client
     finally:
@@ -109,7 +109,7 @@ def test_each_life_has_its_own_name_and_a_heart(endpoint: tuple[str, CurveKeys |
     async def body() -> None:
         keys = endpoint[1] and endpoint[1].for_client()
         with server_at(endpoint) as server, client_of(server, 1, endpoint[1]) as client:
-            heart = ControlClient(server.endpoint, Life(1, 1), channel="heart", keys=keys)
+            heart = ControlClient(server.endpoints[0], Life(1, 1), channel="heart", keys=keys)
             client.send(HELLO)
             assert await heard(server) == (Life(1), HELLO)
             client.begin_life(Life(1, 1))

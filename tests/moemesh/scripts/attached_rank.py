@@ -34,7 +34,7 @@ def frontend(path: str, starter: str) -> None:
         run.remove()
 
 
-def prepare() -> tuple[RunDirectory, Sequence[str]]:
+def prepare(_: tuple[str, ...]) -> tuple[RunDirectory, Sequence[str]]:
     if sys.argv[2:] == ["refuse"]:
         raise ValueError("rank 0 refuses")
     run = RunDirectory.create(num_ranks=2)
