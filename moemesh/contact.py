@@ -23,6 +23,7 @@ ANY_ADDRESS = "tcp://*:*"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 _CONNECT_SECONDS = 3.0
+_REFUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,18 @@ class Contact:
             keys=None if keys is None else CurveKeys(**keys),
             machines=tuple(values["machines"]),
         )
+
+
+def is_refused(endpoint: str) -> bool:
+    """The host of a TCP endpoint says that nobody listens there. False where nothing is heard of it."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_REFUSE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def this_machine() -> str:

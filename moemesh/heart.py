@@ -3,7 +3,7 @@
 The engine thread may be busy, waiting or stuck; the heart beats all the same. What the frontend answers is the rank's
 lease: who has not been heard for a while may have been given up, and begins nothing new. A rank that has been given up
 for good is told so through its heart, if the frontend cannot kill it itself; one that has not heard the frontend for
-`abandoned_s` takes that for granted.
+`abandoned_s`, or finds that it is gone, ends too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StillHeart:
 
 class Heart:
     """Beats from `start` to `stop`. `connect` gives a life its socket; it is called in the heart's own thread, as is
-    `end`, with the reason, when the process must go."""
+    `end`, with the reason, when the process must go. `is_gone` asks about a frontend that is silent."""
 
     def __init__(
         self,
@@ -59,11 +59,13 @@ class Heart:
         life: Life,
         *,
         end: Callable[[str], None],
+        is_gone: Callable[[], bool] = lambda: False,
         abandoned_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
         self._end = end
+        self._is_gone = is_gone
         self._abandoned_s = abandoned_s
         self._life = life
         self.pulse = Pulse()
@@ -113,3 +115,5 @@ class Heart:
                     self._end("the frontend has given it up")
         if self._clock() - self._heard_at > self._abandoned_s:
             self._end(f"the frontend has not been heard for {self._abandoned_s:g} s")
+        elif not self.lease_holds() and self._is_gone():
+            self._end("the frontend is gone")

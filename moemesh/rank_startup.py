@@ -14,6 +14,7 @@ import kernels
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
 from moemesh.checksums import Checksums
+from moemesh.contact import is_refused
 from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
@@ -67,6 +68,7 @@ def _heart(options: EngineOptions, run: RunDirectory, life: Life) -> Heart | Sti
         lambda life: ControlClient(contact.endpoint, life, channel="heart", keys=contact.keys),
         life,
         end=lambda reason: end_alone(run, reason),
+        is_gone=lambda: run.is_remote and is_refused(contact.endpoint),
         abandoned_s=options.stop_grace + ABANDONED_SECONDS if run.is_remote else math.inf,
     )
     heart.start()

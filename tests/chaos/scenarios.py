@@ -313,4 +313,5 @@ IN_CI = (
     "start-from-missing-tensor",
     "kill-mpirun",
     "kill-frontend",
+    "cut-link",
 )

@@ -68,3 +68,19 @@ def test_it_ends_the_process_when_the_frontend_stays_away(tmp_path: Path) -> Non
     heart.start()
     assert ended.get(timeout=30) == "the frontend has not been heard for 0.05 s"
     heart.stop()
+
+
+def test_it_ends_the_process_when_the_frontend_is_gone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    ended: queue.Queue[str] = queue.Queue()
+    ticks = iter(range(1000))
+    heart = Heart(
+        lambda life: ControlClient(f"ipc://{tmp_path}/control", life, channel="heart"),
+        Life(1),
+        end=ended.put,
+        is_gone=lambda: True,
+        clock=lambda: next(ticks) * LEASE_SECONDS,
+    )
+    heart.start()
+    assert ended.get(timeout=30) == "the frontend is gone"
+    heart.stop()
