@@ -28,10 +28,11 @@ from moemesh.engine_client import (
     TokenOutput,
 )
 from moemesh.ledger import Ledger, LedgerEntry, PrefixAffinity
-from moemesh.membership_records import TICK_SECONDS, MembershipSettings, Tick
-from moemesh.mesh_control import ControlPlane, MeshControl
+from moemesh.membership_records import TICK_SECONDS, MembershipSettings, ProcessEnded, Tick
+from moemesh.mesh_control import ControlPlane, MeshControl, Watch
 from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
+from moemesh.process_watch import ProcessWatch
 from moemesh.random_numbers import choice_seed
 from moemesh.request_messages import submit_message, token_output
 from transport import messages
@@ -70,11 +71,14 @@ class Controller:
         limits: AdmissionLimits,
         metrics: Metrics,
         frontend_pid: int,
+        clock: Callable[[], float] = time.monotonic,
+        make_watch: Callable[[Callable[[ProcessEnded], None]], Watch] = ProcessWatch,
     ) -> None:
         self._server = server
         self._model_config = model_config
         self._mesh = mesh
         self._metrics = metrics
+        self._clock = clock
         self._control = MeshControl(
             server,
             self,
@@ -84,6 +88,8 @@ class Controller:
             settings=settings,
             metrics=metrics,
             frontend_pid=frontend_pid,
+            clock=clock,
+            make_watch=make_watch,
         )
         self._ledger = Ledger(len(mesh.groups), _affinity(mesh))
         self._admission = Admission(self._ledger, limits)
@@ -94,7 +100,7 @@ class Controller:
         self._longest = min(mesh.max_model_len, (mesh.num_cache_blocks or 0) * mesh.block_size + 1)
         self._draining = False
         self._changed = asyncio.Event()
-        self._last_progress = time.monotonic()
+        self._last_progress = self._clock()
 
     @property
     def view(self) -> MeshView:
@@ -130,7 +136,7 @@ class Controller:
         missing = self._missing()
         if not self._serving_groups():
             return EngineStatus(state="ready", ready=False, detail=f"cannot serve: {missing}", degraded=True)
-        idle_for = time.monotonic() - self._last_progress
+        idle_for = self._clock() - self._last_progress
         if len(self._ledger) and idle_for > STALL_SECONDS:
             detail = f"{len(self._ledger)} requests in flight, but no step for {idle_for:.0f} s"
             return EngineStatus(state="ready", ready=False, detail=detail, degraded=membership.degraded)
@@ -195,9 +201,9 @@ class Controller:
             request.prompt_token_ids, params, max_new_tokens=max_new, cache_salt=request.cache_salt
         )
         if len(self._ledger) == 1:
-            self._last_progress = time.monotonic()
+            self._last_progress = self._clock()
         stream = self._streams[entry.request_id] = _Stream(entry)
-        self._admission.enter(entry, time.monotonic())
+        self._admission.enter(entry, self._clock())
         self._give_out()
         return stream
 
@@ -219,7 +225,7 @@ class Controller:
                 self._metrics.restarts.inc()
 
     def _turn_away(self) -> None:
-        for entry in self._admission.expired(time.monotonic()):
+        for entry in self._admission.expired(self._clock()):
             self._admission.forget(entry.request_id)
             self._end(entry.request_id, Overloaded("the request has waited for too long for its turn"))
 
@@ -251,14 +257,14 @@ class Controller:
         elif not self._control.membership.believes(life):
             self._metrics.stale_messages.inc()
         elif isinstance(message, messages.Outputs):
-            self._last_progress = time.monotonic()
+            self._last_progress = self._clock()
             group = self._mesh.group_of(life.rank)
             for item in message.items:
                 self._deliver(item, group)
         else:
             self.view.note_expert_load(message.expert_load)
             if self.view.note_steps(life.rank, message.counters.get("steps", 0.0)):
-                self._last_progress = time.monotonic()
+                self._last_progress = self._clock()
             self._metrics.ranks.update(life.rank, message.counters, incarnation=life.incarnation)
 
     def _deliver(self, item: messages.OutputItem, group: int | None) -> None:

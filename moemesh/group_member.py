@@ -4,7 +4,6 @@ The leader owns the group's scheduler; every member, the leader included, builds
 One step of a group is under way at a time; its micro-batches run side by side.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -47,7 +46,7 @@ class GroupMember:
         expand_prompts: bool,
         scheduler: Scheduler | None,
         generation: int,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float],
         trace: Trace | None = None,
     ) -> None:
         self._members = members

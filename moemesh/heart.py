@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from moemesh.membership_records import BEAT_SECONDS
 from transport.control import ControlClient
 from transport.errors import Overloaded
 from transport.life import Life
-from transport.messages import Heard, Heartbeat, Stop
+from transport.messages import Heard, Heartbeat, Message, Stop
 
 LEASE_SECONDS = 2.0
 
@@ -30,6 +31,19 @@ class Pulse:
 
     progress: int = 0
     working: bool = False
+
+
+class HeartPort(Protocol):
+    """A heart's end of the control plane; `ControlClient` is the real one."""
+
+    @property
+    def life(self) -> Life: ...
+
+    def begin_life(self, life: Life) -> None: ...
+
+    def send(self, message: Message) -> None: ...
+
+    def receive_all(self) -> list[Message]: ...
 
 
 class StillHeart:
@@ -96,23 +110,30 @@ class Heart:
         control = self._connect(self._life)
         try:
             while not self._stopping.is_set():
-                if control.life != self._life:
-                    control.begin_life(self._life)
-                self._beat(control)
+                self.beat(control)
+                next_beat = self._clock() + BEAT_SECONDS
+                left = BEAT_SECONDS
+                while left > 0 and not self._stopping.is_set():
+                    control.wait(left)
+                    self.listen(control)
+                    left = next_beat - self._clock()
         finally:
             control.close()
 
-    def _beat(self, control: ControlClient) -> None:
+    def beat(self, control: HeartPort) -> None:
+        """Say that the process runs, as the life that it is in."""
+        if control.life != self._life:
+            control.begin_life(self._life)
         with contextlib.suppress(Overloaded):  # a frontend that takes nothing does not answer either
             control.send(Heartbeat(progress=self.pulse.progress, working=self.pulse.working))
-        next_beat = self._clock() + BEAT_SECONDS
-        while (left := next_beat - self._clock()) > 0 and not self._stopping.is_set():
-            control.wait(left)
-            for message in control.receive_all():
-                if isinstance(message, Heard):
-                    self._heard_at = self._clock()
-                elif isinstance(message, Stop):
-                    self._end("the frontend has given it up")
+
+    def listen(self, control: HeartPort) -> None:
+        """Take in the answers; end the process where they, or their absence, say so."""
+        for message in control.receive_all():
+            if isinstance(message, Heard):
+                self._heard_at = self._clock()
+            elif isinstance(message, Stop):
+                self._end("the frontend has given it up")
         if self._clock() - self._heard_at > self._abandoned_s:
             self._end(f"the frontend has not been heard for {self._abandoned_s:g} s")
         elif not self.lease_holds() and self._is_gone():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from mesh_config.mesh import MeshConfig
@@ -29,6 +29,7 @@ from moemesh.membership_records import (
     PeerLate,
     PeerLost,
     ProcessEnded,
+    ProcessSeen,
     PublishView,
     RankFailed,
     Readmit,
@@ -40,7 +41,6 @@ from moemesh.membership_records import (
 )
 from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
-from moemesh.process_watch import ProcessWatch
 from transport import messages
 from transport.control import Channel
 from transport.errors import Overloaded
@@ -55,6 +55,20 @@ class ControlPlane(Protocol):
     def send(self, life: Life, message: messages.Message, channel: Channel = "rank") -> None: ...
 
     async def receive(self) -> tuple[Life, messages.Message]: ...
+
+
+class Watch(Protocol):
+    """The frontend's eyes on the processes of ranks; `ProcessWatch` is the real one."""
+
+    def watch(self, life: Life, pid: int, host: str) -> None: ...
+
+    def rename(self, before: Life, after: Life) -> None: ...
+
+    def look(self, life: Life) -> ProcessSeen | None: ...
+
+    def kill(self, life: Life) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class MeshListener(Protocol):
@@ -84,12 +98,15 @@ class MeshControl:
         settings: MembershipSettings,
         metrics: Metrics,
         frontend_pid: int,
+        clock: Callable[[], float],
+        make_watch: Callable[[Callable[[ProcessEnded], None]], Watch],
     ) -> None:
         self._server = server
         self._listener = listener
         self._mesh = mesh
         self._metrics = metrics
-        self._watch = ProcessWatch(self.tell)
+        self._clock = clock
+        self._watch = make_watch(self.tell)
         self._events: deque[Event] = deque()
         self._placed: dict[Life, int] = {}
         self._stopping = False
@@ -138,7 +155,7 @@ class MeshControl:
         if len(self._events) > 1:
             return
         while self._events:
-            for instruction in self.membership.handle(self._events[0], time.monotonic()):
+            for instruction in self.membership.handle(self._events[0], self._clock()):
                 self._carry_out(instruction)
             self._events.popleft()
 

@@ -1,5 +1,6 @@
 """Put a rank together from its plan, its share of the model and its link."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class _Parts:
     device: torch.device
     crowded: bool
     trace: Trace | None
+    clock: Callable[[], float]
 
 
 def build_rank(
@@ -53,6 +55,7 @@ def build_rank(
     idle: IdleWait,
     heart: HeartBeat,
     trace: Trace | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> RankEngine:
     """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks."""
     config = model.config
@@ -68,12 +71,14 @@ def build_rank(
             hidden=config.hidden_size,
             device=device,
             hold=_hold(model, mesh, crowded=idle.crowded),
+            clock=clock,
             trace=trace,
         ),
         load=ExpertLoad(config.moe_layers, config.num_experts),
         device=device,
         crowded=idle.crowded,
         trace=trace,
+        clock=clock,
     )
     client = _client(parts) if model.attention is not None else None
     make_member = _member_factory(parts, model, client) if client is not None else None
@@ -91,6 +96,7 @@ def build_rank(
         num_blocks=mesh.num_cache_blocks or 0,
         idle=idle,
         heart=heart,
+        clock=clock,
     )
 
 
@@ -108,6 +114,7 @@ def _client(parts: _Parts) -> ExpertClient:
         placement=parts.placement,
         living=dict.fromkeys(range(parts.mesh.num_ranks), 0),
         compact=parts.mesh.combine == "compact",
+        clock=parts.clock,
         trace=parts.trace,
     )
 
@@ -153,6 +160,7 @@ def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient) 
             expand_prompts=mesh.prefill_attention == "expanded",
             scheduler=_scheduler(mesh) if members[0] == rank else None,
             generation=generation,
+            clock=parts.clock,
             trace=parts.trace,
         )
 

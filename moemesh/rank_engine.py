@@ -6,7 +6,6 @@ Expert calls come before the rank's own step: they never wait for anybody, hence
 """
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
@@ -79,6 +78,7 @@ class RankEngine:
         num_blocks: int,
         idle: IdleWait,
         heart: HeartBeat,
+        clock: Callable[[], float],
     ) -> None:
         """`make_member` gives this rank's side of its attention group for a generation, with an empty cache."""
         self._config = config
@@ -94,6 +94,7 @@ class RankEngine:
         self._num_blocks = num_blocks
         self._idle = idle
         self._heart = heart
+        self._clock = clock
         self._placement = placement
         self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
         self._incarnations = [0] * link.num_ranks
@@ -102,35 +103,39 @@ class RankEngine:
         self._early_plans: list[Frame] = []
         # What the members of earlier generations have counted.
         self._past: Counter[str] = Counter()
-        self._stopping = False
+        self.stopping = False
         self._next_stats = 0.0
         self._busy_seconds = 0.0
         self._reported: dict[str, float] = {}
 
     def run(self) -> None:
         """Serve until told to stop. Raises whatever goes wrong."""
-        while not self._stopping:
-            self._heart.pulse.progress += 1
-            began = time.perf_counter()
-            busy = self.turn()
-            self._heart.pulse.working = busy or (self._member is not None and self._member.busy)
-            if busy:
-                self._busy_seconds += time.perf_counter() - began
-                self._idle.worked()
-            else:
-                self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
-                if self._member is not None:
-                    self._member.waited(time.perf_counter() - began)
-            now = time.monotonic()
-            self._link.tick(now)
-            self._send_stats(now)
+        while not self.stopping:
+            self.cycle()
+
+    def cycle(self) -> None:
+        """A turn, and where it found nothing to do a moment's rest."""
+        self._heart.pulse.progress += 1
+        began = self._clock()
+        busy = self.turn()
+        self._heart.pulse.working = busy or (self._member is not None and self._member.busy)
+        if busy:
+            self._busy_seconds += self._clock() - began
+            self._idle.worked()
+        else:
+            self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
+            if self._member is not None:
+                self._member.waited(self._clock() - began)
+        now = self._clock()
+        self._link.tick(now)
+        self._send_stats(now)
 
     def _longest_wait(self) -> float:
-        longest = max(0.0, self._next_stats - time.monotonic())
+        longest = max(0.0, self._next_stats - self._clock())
         held_for = self._experts.held_for()
         if held_for is not None:
             longest = min(longest, held_for)
-        return longest if self._client is None else min(longest, max(0.0, self._client.due() - time.monotonic()))
+        return longest if self._client is None else min(longest, max(0.0, self._client.due() - self._clock()))
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
@@ -139,7 +144,7 @@ class RankEngine:
             busy |= self._read_frames()
         busy |= self._answer_experts()
         if self._client is not None:
-            self._report("late", self._client.check_deadlines(time.monotonic()))
+            self._report("late", self._client.check_deadlines(self._clock()))
         if self._member is not None:
             busy |= self._member.turn(may_begin=self._heart.lease_holds())
             self._send_outputs(self._member.take_outputs())
@@ -178,7 +183,7 @@ class RankEngine:
                 case messages.Readmit(incarnation=incarnation):
                     self._begin_life(incarnation)
                 case messages.Stop():
-                    self._stopping = True
+                    self.stopping = True
                 case _:
                     logger.warning(
                         "the frontend sent a %s, which a serving rank does not expect", type(message).__name__
