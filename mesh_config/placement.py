@@ -55,6 +55,16 @@ class Placement:
         """The logical experts on `rank`, of each layer where it has any."""
         return {layer: experts for layer in self.hosts if (experts := self.experts_on(layer, rank))}
 
+    @cached_property
+    def missing(self) -> dict[int, frozenset[int]]:
+        """The logical experts that have no host, of each layer where there are any."""
+        if () not in self._distinct_hosts:
+            return {}
+        nowhere = {
+            layer: frozenset(e for e, ranks in enumerate(hosts) if not ranks) for layer, hosts in self.hosts.items()
+        }
+        return {layer: experts for layer, experts in nowhere.items() if experts}
+
     def without(self, dead: Collection[int]) -> Placement:
         """What is left when `dead` are gone; their experts may be nowhere then."""
         if not dead:
@@ -64,19 +74,32 @@ class Placement:
 
     def hosting(self, rank: int, experts: Mapping[int, Collection[int]]) -> Placement:
         """`rank` hosts `experts` of each layer as well, to be asked where nobody was before it."""
-        added = {layer: frozenset(new) for layer, new in experts.items()}
+        added = {layer: set(experts.get(layer, ())).difference(self.experts_on(layer, rank)) for layer in self.hosts}
         return self._changed(
             {
-                layer: tuple(
-                    (*ranks, rank) if expert in added.get(layer, ()) and rank not in ranks else ranks
-                    for expert, ranks in enumerate(hosts)
-                )
-                for layer, hosts in self.hosts.items()
+                layer: tuple((*ranks, rank) if e in new else ranks for e, ranks in enumerate(self.hosts[layer]))
+                for layer, new in added.items()
+                if new
             }
         )
 
-    def _changed(self, hosts: Mapping[int, tuple[Hosts, ...]]) -> Placement:
-        return Placement(version=self.version + 1, num_ranks=self.num_ranks, hosts=hosts)
+    def at_home(self, home: Placement) -> Placement:
+        """Experts that have a host of `home`'s are at those alone again, in the order of `home`."""
+        changes = {}
+        for layer, hosts in self.hosts.items():
+            back = {
+                pair: tuple(rank for rank in pair[1] if rank in pair[0]) or pair[0]
+                for pair in set(zip(hosts, home.hosts[layer], strict=True))
+            }
+            if any(ranks != pair[0] for pair, ranks in back.items()):
+                changes[layer] = tuple(back[pair] for pair in zip(hosts, home.hosts[layer], strict=True))
+        return self._changed(changes)
+
+    def _changed(self, layers: Mapping[int, tuple[Hosts, ...]]) -> Placement:
+        """With other hosts in these layers."""
+        if not layers:
+            return self
+        return Placement(version=self.version + 1, num_ranks=self.num_ranks, hosts={**self.hosts, **layers})
 
     @cached_property
     def _distinct_hosts(self) -> frozenset[Hosts]:
@@ -141,13 +164,17 @@ def _layer_copies(num_experts: int, redundant: int, start: int, machines: Sequen
 
 
 def take_over(
-    placement: Placement, living: Collection[int], *, room: Mapping[int, int] | None = None
+    placement: Placement,
+    living: Collection[int],
+    *,
+    room: Mapping[int, int] | None = None,
+    refused: Mapping[tuple[int, int], Collection[int]] | None = None,
 ) -> dict[int, dict[int, tuple[int, ...]]]:
     """Who must load what, so that every expert has a living host: rank -> layer -> experts, ascending.
 
-    `living` are the ranks that may host experts, `room` how many more each can hold (default: any number); what nobody
-    has room for is not in the plan. Each expert goes to who hosts fewest, of the layer, then of all. A pure function
-    of its arguments, so every rank plans the same.
+    `living` are the ranks that may host experts, `room` how many more each can hold (default: any number), `refused`
+    by (layer, expert) who cannot take it (default: nobody); what nobody can take is not in the plan. Each expert goes
+    to who hosts fewest, of the layer, then of all.
     """
     ranks = sorted(set(living))
     left = dict.fromkeys(ranks, 1 << 62) if room is None else {rank: room.get(rank, 0) for rank in ranks}
@@ -157,9 +184,11 @@ def take_over(
         orphans = [e for e, hosts in enumerate(placement.hosts_of(layer)) if not any(h in left for h in hosts)]
         here = {rank: len(placement.experts_on(layer, rank)) for rank in ranks}
         for expert in orphans:
-            rank = min((r for r in ranks if left[r] > 0), key=lambda r: (here[r], total[r], r), default=None)
-            if rank is None:
-                break
+            not_by = () if refused is None else refused.get((layer, expert), ())
+            able = [rank for rank in ranks if left[rank] > 0 and rank not in not_by]
+            if not able:
+                continue
+            rank = min(able, key=lambda r: (here[r], total[r], r))
             plan.setdefault(rank, {}).setdefault(layer, []).append(expert)
             here[rank] += 1
             total[rank] += 1

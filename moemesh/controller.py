@@ -133,7 +133,7 @@ class Controller:
         membership = self._control.membership
         if not membership.started:
             return EngineStatus(state="loading", ready=False, detail=self.view.loading_detail())
-        missing = self._missing()
+        missing = membership.stranded or self._missing()
         if not self._serving_groups():
             return EngineStatus(state="ready", ready=False, detail=f"cannot serve: {missing}", degraded=True)
         idle_for = self._clock() - self._last_progress
@@ -188,6 +188,8 @@ class Controller:
         status = self.status()
         if status.state != "ready":
             raise NotReady(f"the mesh takes no requests: {status.detail}")
+        if stranded := self._control.membership.stranded:
+            raise NotReady(f"the mesh takes no requests: {stranded}")
         try:
             self._admission.check_room(len(request.prompt_token_ids))
         except QueueFull as error:
@@ -225,6 +227,10 @@ class Controller:
                 self._metrics.restarts.inc()
 
     def _turn_away(self) -> None:
+        """End what nobody will compute."""
+        if stranded := self._control.membership.stranded:
+            for request_id in self._streams:
+                self._end(request_id, EngineFailed(stranded))
         for entry in self._admission.expired(self._clock()):
             self._admission.forget(entry.request_id)
             self._end(entry.request_id, Overloaded("the request has waited for too long for its turn"))

@@ -17,6 +17,7 @@ import math
 
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
+from moemesh.expert_homes import ExpertHomes, Orders, count_experts
 from moemesh.membership_records import (
     TICK_SECONDS,
     Event,
@@ -44,6 +45,7 @@ from moemesh.membership_records import (
     RestartGroup,
     SpawnFailed,
     Tick,
+    TookOver,
     Transition,
     View,
 )
@@ -70,8 +72,8 @@ class Membership:
 
     def __init__(self, mesh: MeshConfig, placement: Placement, settings: MembershipSettings) -> None:
         self._mesh = mesh
-        self.placement = placement
-        """Which living rank hosts what."""
+        self.homes = ExpertHomes(placement)
+        """Which living rank hosts what, and who loads the rest."""
         self._settings = settings
         self._ranks = [RankRecord(rank=rank) for rank in range(mesh.num_ranks)]
         self._groups = [GroupView(generation=0, members=members) for members in mesh.groups]
@@ -82,6 +84,7 @@ class Membership:
         self._doubt_since: float | None = None
         self._out: list[Instruction] = []
         self._changed = False
+        self._published: tuple[int, Orders] = (placement.version, {})
 
     # --- what is known
 
@@ -131,11 +134,23 @@ class Membership:
         """Ranks that may host experts and are not lost."""
         return tuple(rank for rank in self._mesh.expert_ranks if self._ranks[rank].state not in ("dead", "joining"))
 
+    @property
+    def placement(self) -> Placement:
+        """Which living rank hosts what."""
+        return self.homes.placement
+
     def missing_experts(self) -> tuple[int, ...]:
         """Ranks that are lost and hosted experts that nobody else has."""
         lost = [rank for rank in self._mesh.expert_ranks if not self._ranks[rank].living]
-        nowhere = any(not hosts for layer in self.placement.moe_layers for hosts in self.placement.hosts_of(layer))
-        return tuple(lost) if nowhere else ()
+        return tuple(lost) if self.homes.missing else ()
+
+    @property
+    def stranded(self) -> str:
+        """Why nobody can compute anything for now: experts are missing, and neither loaded nor about to come back."""
+        if not self._started or not self.homes.stranded or self._may_return():
+            return ""
+        why = "; ".join(f"rank {rank}: {problem}" for rank, problem in sorted(self.homes.problems.items()))
+        return f"{self.homes.missing} experts were lost and cannot be loaded again: {why}"
 
     # --- events
 
@@ -162,16 +177,28 @@ class Membership:
             case RankFailed(life, error) if self.is_present(life):
                 self._die(self._ranks[life.rank], error, now)
                 self._kill(self._ranks[life.rank], now)
-            case HostingSeen(life, experts) if self.is_present(life) and self._ranks[life.rank].state != "dead":
-                self._place(self.placement.hosting(life.rank, experts))
+            case HostingSeen(life) if self.is_present(life):
+                self._host(self._ranks[life.rank], event, now)
             case SpawnFailed(life, error) if self.is_present(life):
                 self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
-        return self._conclude()
+        return self._conclude(now)
 
     def _ready(self, record: RankRecord, now: float) -> None:
         if record.state in ("loading", "joining"):
             record.forgive(now)
             self._move(record, "up", "", now)
+            self.homes.host(record.rank, record.hosting)
+
+    def _host(self, record: RankRecord, seen: HostingSeen, now: float) -> None:
+        """What a rank has before it serves counts as soon as it does."""
+        if record.state == "joining":
+            record.hosting = seen.experts
+        if not record.living:
+            return
+        self._out.append(TookOver(record.life, count_experts(seen.experts), count_experts(seen.refused), seen.problem))
+        self.homes.host(record.rank, seen.experts)
+        if seen.refused:
+            self.homes.refuse(record.rank, seen.refused, seen.problem, now)
 
     def _late(self, record: RankRecord, reporter: Life, now: float) -> None:
         record.note_late(reporter.rank, now)
@@ -296,12 +323,7 @@ class Membership:
         record.failures += 1
         record.retry_at = now + min(delay, settings.longest_backoff)
         self._move(record, "dead", reason, now)
-        if self.placement.experts_of(record.rank):
-            self._place(self.placement.without({record.rank}))
-
-    def _place(self, placement: Placement) -> None:
-        self.placement = placement
-        self._changed = True
+        self.homes.lose(record.rank)
 
     def _move(self, record: RankRecord, state: RankState, reason: str, now: float) -> None:
         before = record.state
@@ -313,18 +335,28 @@ class Membership:
         self._changed = True
         self._out.append(Transition(record.life, before, state, reason))
 
-    def _conclude(self) -> list[Instruction]:
-        """Groups follow their members, the view follows both."""
-        if self._changed:
+    def _conclude(self, now: float) -> list[Instruction]:
+        """Experts and groups follow the ranks, the view follows all."""
+        if self._started:
+            self._have_loaded(now)
+        if self._changed or self._published != (self.placement.version, self.homes.orders):
             self._started = self._started or all(record.state == "up" for record in self._ranks)
             for group, view in enumerate(self._groups):
                 self._follow(group, view)
             self._epoch += 1
-            self._out.append(PublishView(self.view, self.placement))
-            self._changed = False
+            self._out.append(PublishView(self.view, self.placement, self.homes.orders))
+            self._changed, self._published = False, (self.placement.version, self.homes.orders)
         self._check_hope()
         out, self._out = self._out, []
         return out
+
+    def _have_loaded(self, now: float) -> None:
+        """What is nowhere is loaded by who lives."""
+        able = {rank for rank in self._mesh.expert_ranks if self._ranks[rank].living}
+        shares = self.homes.assign(able, now)
+        if shares:
+            who = ", ".join(f"rank {rank} loads {share}" for rank, share in sorted(shares.items()))
+            self._out.append(Note(f"{self.homes.missing} experts are on no living rank: {who}"))
 
     def _follow(self, group: int, view: GroupView) -> None:
         wanted = self._mesh.groups[group]
@@ -345,10 +377,11 @@ class Membership:
             self._fail(f"{dead[0].life}: {dead[0].reason}")
             return
         missing = self.missing_experts()
-        if (self.serving_groups() and not missing) or self._may_return():
+        nowhere = missing and not any(self._ranks[rank].living for rank in self._mesh.expert_ranks)
+        if (self.serving_groups() and not nowhere) or self._may_return():
             return
-        lost = self._ranks[missing[0]] if missing else dead[0]
-        what = "experts that no other rank has" if missing else "the last attention group"
+        lost = self._ranks[missing[0]] if nowhere else dead[0]
+        what = "experts that no rank can load" if nowhere else "the last attention group"
         self._fail(f"{lost.life}, with {what}: {lost.reason}")
 
     def _may_return(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mesh_config.placement import Placement
+from moemesh.expert_homes import Orders
 from transport.life import Life
 
 RankState = Literal["loading", "up", "suspect", "dead", "joining"]
@@ -120,10 +121,13 @@ class RankFailed:
 
 @dataclass(frozen=True, slots=True)
 class HostingSeen:
-    """The rank can answer for these experts of each layer, whether or not it could before."""
+    """The rank can answer for these experts of each layer, whether or not it could before. Others it was to load and
+    could not: `refused`, for what `problem` says."""
 
     life: Life
     experts: Mapping[int, Sequence[int]]
+    refused: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +163,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class PublishView:
-    """Tell every rank that serves."""
+    """Tell every rank that serves. `orders`: by rank, what it is to load."""
 
     view: View
     placement: Placement
+    orders: Orders
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +226,23 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True)
+class TookOver:
+    """For the log and the metrics: a rank has loaded so many experts that no other had, or could not, and why."""
+
+    life: Life
+    num_loaded: int
+    num_refused: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """For the log."""
 
     text: str
 
 
-Instruction = PublishView | RestartGroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | Note
+Instruction = PublishView | RestartGroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | TookOver | Note
 
 
 # --- settings

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
+from moemesh.expert_homes import Orders
 from moemesh.membership import Membership
 from moemesh.membership_records import (
     LIVING,
@@ -36,6 +37,7 @@ from moemesh.membership_records import (
     ReadySeen,
     Respawn,
     RestartGroup,
+    TookOver,
     Transition,
     View,
 )
@@ -108,7 +110,7 @@ class MeshControl:
         self._clock = clock
         self._watch = make_watch(self.tell)
         self._events: deque[Event] = deque()
-        self._placed: dict[Life, int] = {}
+        self._placed: dict[Life, tuple[int, Mapping[int, tuple[int, ...]]]] = {}
         self._stopping = False
         self._respawns: asyncio.Queue[Life] = asyncio.Queue()
         self.membership = Membership(mesh, placement, settings)
@@ -136,8 +138,8 @@ class MeshControl:
                 self.tell(ReadySeen(life))
             case messages.Failed(error=error):
                 self.tell(RankFailed(life, error))
-            case messages.Hosting(experts=experts):
-                self.tell(HostingSeen(life, experts))
+            case messages.Hosting(experts=experts, refused=refused, problem=problem):
+                self.tell(HostingSeen(life, experts, refused, problem))
             case messages.PeerReport(peer=peer, incarnation=incarnation, evidence=evidence):
                 kind = PeerLost if evidence == "failed" else PeerLate
                 self.tell(kind(life, Life(peer, incarnation)))
@@ -200,8 +202,8 @@ class MeshControl:
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case PublishView(view, placement):
-                self._publish(view, placement)
+            case PublishView(view, placement, orders):
+                self._publish(view, placement, orders)
             case Transition():
                 self._note_transition(instruction)
             case RestartGroup(group, reason):
@@ -219,13 +221,16 @@ class MeshControl:
                 self.send(life, messages.Readmit(incarnation=incarnation))
             case Respawn(life):
                 self._respawns.put_nowait(life)
+            case TookOver():
+                self._note_take_over(instruction)
             case FailMesh(reason):
                 self._listener.mesh_failed(reason)
             case Note(text):
                 logger.warning("%s", text)
 
-    def _publish(self, view: View, placement: Placement) -> None:
+    def _publish(self, view: View, placement: Placement, orders: Orders) -> None:
         self._metrics.epoch.set(view.epoch)
+        self._metrics.experts_missing.set(self.membership.homes.missing)
         message = messages.View(
             epoch=view.epoch,
             incarnations=[record.incarnation for record in view.ranks],
@@ -236,11 +241,22 @@ class MeshControl:
         for rank in view.living():
             life = Life(rank, view.ranks[rank].incarnation)
             # Everybody plans the first placement alike.
-            if self._placed.get(life, 0) != placement.version:
-                self._placed[life] = placement.version
-                self.send(life, messages.Place(placement.version, hosts))
+            news = (placement.version, orders.get(rank, {}))
+            if self._placed.get(life, (0, {})) != news:
+                self._placed[life] = news
+                order = {layer: list(experts) for layer, experts in news[1].items()}
+                self.send(life, messages.Place(placement.version, hosts, order))
             self.send(life, message)
         self._listener.mesh_changed()
+
+    def _note_take_over(self, done: TookOver) -> None:
+        rank = done.life.rank
+        if done.num_loaded:
+            logger.info("%s: has taken over %d experts", done.life, done.num_loaded)
+            self._metrics.experts_taken_over.labels(str(rank)).inc(done.num_loaded)
+        if done.num_refused:
+            logger.error("%s: cannot take over %d experts: %s", done.life, done.num_refused, done.problem)
+            self._metrics.experts_refused.labels(str(rank)).inc(done.num_refused)
 
     def _note_transition(self, change: Transition) -> None:
         level = logging.INFO if change.after in ("up", "joining") else logging.WARNING

@@ -6,6 +6,7 @@ from typing import Any
 
 from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
+from moemesh.expert_homes import count_experts
 from moemesh.membership import Membership
 from transport import messages
 
@@ -87,7 +88,8 @@ class MeshView:
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `/mesh`."""
-        view, placement = self._membership.view, self._membership.placement
+        view, homes = self._membership.view, self._membership.homes
+        placement = homes.placement
         losses = coverage(placement, self._membership.expert_hosts(), expert_bytes=self._expert_bytes)
         return {
             "epoch": view.epoch,
@@ -100,6 +102,9 @@ class MeshView:
                 "experts": {
                     str(layer): [list(hosts) for hosts in placement.hosts_of(layer)] for layer in placement.moe_layers
                 },
+                "missing": homes.missing,
+                "loading": {str(rank): count_experts(order) for rank, order in homes.orders.items()},
+                "problems": {str(rank): problem for rank, problem in homes.problems.items()},
             },
             "expert_load": {str(layer): list(counts) for layer, counts in self._expert_load.items()},
         }

@@ -222,6 +222,21 @@ class Metrics:
         self.stale_messages = Counter(
             "moemesh_stale_messages", "Messages of lives of ranks that are over; none was believed.", registry=registry
         )
+        self.experts_missing = Gauge(
+            "moemesh_experts_missing", "Experts that no living rank hosts, over all layers.", registry=registry
+        )
+        self.experts_taken_over = Counter(
+            "moemesh_experts_taken_over",
+            "Experts loaded by a rank because no other had them.",
+            ("rank",),
+            registry=registry,
+        )
+        self.experts_refused = Counter(
+            "moemesh_experts_refused",
+            "Experts that a rank was to take over and could not load.",
+            ("rank",),
+            registry=registry,
+        )
         self._rank_up = Gauge("moemesh_rank_up", "1 while the rank serves, else 0.", ("rank",), registry=registry)
 
     def set_rank_up(self, rank: int, up: bool) -> None:

@@ -60,13 +60,14 @@ class ModelLoader:
         self._device = device
         self._weight_dtype = weight_dtype
         self._quantized = quantization == "int8"
-        self._ffns = FfnLoader(
+        self.ffns = FfnLoader(
             self._config,
             checkpoint.tensors,
             device=device,
             weight_dtype=weight_dtype,
             quantized=self._quantized,
         )
+        """Loads further experts as it has loaded the rank's own."""
         self._report = report
         self._books = LoadLedger(checkpoint, self._hosted_tensors())
 
@@ -92,9 +93,9 @@ class ModelLoader:
 
     def _load_bank(self, layer: int) -> ExpertBank:
         hosted = self._placement.experts_on(layer, self._rank)
-        packed = self._ffns.expert_bank(layer, len(hosted))
+        packed = self.ffns.expert_bank(layer, len(hosted))
         for slot, expert in enumerate(hosted):
-            self._ffns.load_experts(packed, [slot], self._books, layer, [expert])
+            self.ffns.load_experts(packed, [slot], self._books, layer, [expert])
             self._report(*self._books.progress)
         return ExpertBank(hosted, self._config.num_experts, packed)
 
@@ -118,9 +119,9 @@ class ModelLoader:
         config, prefix = self._config, layer_prefix(layer)
         moe = config.is_moe_layer(layer)
         if not moe:
-            local_ffn = self._ffns.ffn(self._books, f"{prefix}mlp.", config.intermediate_size)
+            local_ffn = self.ffns.ffn(self._books, f"{prefix}mlp.", config.intermediate_size)
         elif config.shared_width:
-            local_ffn = self._ffns.ffn(self._books, f"{prefix}mlp.shared_experts.", config.shared_width)
+            local_ffn = self.ffns.ffn(self._books, f"{prefix}mlp.shared_experts.", config.shared_width)
         else:
             local_ffn = None
         loaded = AttentionLayer(

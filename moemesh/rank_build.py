@@ -22,6 +22,7 @@ from moemesh.overlap import OverlapRule
 from moemesh.rank_engine import ControlPort, HeartBeat, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
+from moemesh.take_over import TakeOver
 from transport.links import Link
 from transport.mailbox import Mailbox
 from transport.trace import Trace
@@ -54,6 +55,7 @@ def build_rank(
     device: torch.device,
     idle: IdleWait,
     heart: HeartBeat,
+    make_take_over: Callable[[ExpertService], TakeOver] | None = None,
     trace: Trace | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> RankEngine:
@@ -89,6 +91,7 @@ def build_rank(
         control=control,
         experts=parts.experts,
         client=client,
+        take_over=None if make_take_over is None else make_take_over(parts.experts),
         load=parts.load,
         placement=placement,
         make_member=make_member,

@@ -21,6 +21,7 @@ from moemesh.idle import IdleWait
 from moemesh.membership_records import LIVING
 from moemesh.sampling_params import SamplingParams
 from moemesh.sequence import Sequence, SequenceOutput
+from moemesh.take_over import TakeOver
 from transport import messages
 from transport.errors import ProtocolError
 from transport.frame import Frame, Kind
@@ -71,6 +72,7 @@ class RankEngine:
         control: ControlPort,
         experts: ExpertService,
         client: ExpertClient | None,
+        take_over: TakeOver | None,
         load: ExpertLoad,
         placement: Placement,
         make_member: Callable[[int], GroupMember] | None,
@@ -87,6 +89,7 @@ class RankEngine:
         self._control = control
         self._experts = experts
         self._client = client
+        self._take_over = take_over
         self._load = load
         self._make_member = make_member
         self._member = None if make_member is None else make_member(0)
@@ -96,6 +99,7 @@ class RankEngine:
         self._heart = heart
         self._clock = clock
         self._placement = placement
+        self._order: Mapping[int, list[int]] = {}
         self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
         self._incarnations = [0] * link.num_ranks
         # The peers that the link talks with, each with its life.
@@ -143,6 +147,8 @@ class RankEngine:
         if self._link.num_ranks > 1:
             busy |= self._read_frames()
         busy |= self._answer_experts()
+        if self._take_over is not None and (taken := self._take_over.turn()) is not None:
+            self._control.send(taken.to_message())
         if self._client is not None:
             self._report("late", self._client.check_deadlines(self._clock()))
         if self._member is not None:
@@ -151,7 +157,8 @@ class RankEngine:
         return busy
 
     def announce(self) -> None:
-        """Tell the frontend that this rank can compute."""
+        """Tell the frontend that this rank can compute, and what."""
+        self._control.send(messages.Hosting(self._experts.hosted()))
         self._control.send(messages.Ready(rank=self._link.rank, num_blocks=self._num_blocks))
 
     def leftovers(self) -> dict[str, int]:
@@ -172,7 +179,8 @@ class RankEngine:
                     self._submit(message)
                 case messages.Cancel(request_id=request_id):
                     self._require_member().cancel(request_id)
-                case messages.Place(version=version, hosts=hosts):
+                case messages.Place(version=version, hosts=hosts, order=order):
+                    self._order = order
                     self._placement = Placement(
                         version=version,
                         num_ranks=self._link.num_ranks,
@@ -199,6 +207,8 @@ class RankEngine:
         if self._client is not None and news != self._followed:
             self._client.follow(self._placement, living)
         self._followed = news
+        if self._take_over is not None:
+            self._take_over.follow(self._placement.experts_of(self._link.rank), self._order)
         if self._group is None or self._member is None or self._make_member is None:
             return
         generation = view.groups[self._group].generation
@@ -230,7 +240,9 @@ class RankEngine:
         self._control.begin_life(life)
         self._heart.begin_life(life)
         self._link.renew(incarnation)
-        self._control.send(messages.Hosting(self._experts.hosted()))
+        if self._take_over is not None:
+            self._order = {}
+            self._take_over.follow(self._experts.hosted(), self._order)
         self.announce()
 
     def _submit(self, message: messages.Submit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moemesh.membership_records import LIVING, MembershipSettings, RankState
@@ -12,8 +13,9 @@ from transport.life import Life
 class RankRecord:
     """One rank in its present life. Times are the controller's.
 
-    `ended`: the process of this life is known to be gone. `failures`: deaths in a row, none of which came after a long
-    time up; the next life does not begin before `retry_at`.
+    `hosting`: the experts that a life which does not serve yet says it has. `ended`: the process of this life is known
+    to be gone. `failures`: deaths in a row, none of which came after a long time up; the next life does not begin
+    before `retry_at`.
     """
 
     rank: int
@@ -34,6 +36,7 @@ class RankRecord:
     working: bool = False
     late_since: float | None = None
     late: dict[int, float] = field(default_factory=dict)
+    hosting: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def life(self) -> Life:
@@ -50,6 +53,7 @@ class RankRecord:
         self.said_hello = self.ended = self.working = False
         self.killed_at = self.seen_running_at = None
         self.spawner = spawner
+        self.hosting = {}
         self.progress = 0
         self.forgive(now)
 

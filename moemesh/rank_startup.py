@@ -6,15 +6,19 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch
 
 import kernels
+from experts import ExpertService
 from mesh_config import ConfigError, MeshConfig, load_model_config
 from moemesh.checkpoint import Checkpoint
 from moemesh.checksums import Checksums
 from moemesh.contact import is_refused
+from moemesh.ffn_loader import FfnLoader
 from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
@@ -24,6 +28,7 @@ from moemesh.rank_build import build_rank
 from moemesh.rank_engine import HeartBeat
 from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory
+from moemesh.take_over import TakeOver
 from moemesh.watchdog import end_alone
 from transport import messages
 from transport.control import ControlClient
@@ -103,8 +108,9 @@ def _serve(
     placement = placement_of(config, mesh)
     checksums = Checksums()
     checksums.learn(place.run.all_checksums())
-    model = ModelLoader(
-        Checkpoint(options.model_folder, config, checksums),
+    checkpoint = Checkpoint(options.model_folder, config, checksums)
+    loader = ModelLoader(
+        checkpoint,
         mesh=mesh,
         placement=placement,
         rank=rank,
@@ -112,17 +118,47 @@ def _serve(
         weight_dtype=_weight_dtype(options),
         quantization=quantization(options),
         report=_Reporter(control, rank).report,
-    ).load()
+    )
+    model = loader.load()
     checksums.save(place.run.checksums(rank))
     idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
     engine = build_rank(
-        model, mesh, placement, link=link, control=control, device=device, idle=idle, heart=heart, trace=trace
+        model,
+        mesh,
+        placement,
+        link=link,
+        control=control,
+        device=device,
+        idle=idle,
+        heart=heart,
+        make_take_over=_take_over_maker(checkpoint, checksums, loader.ffns, place, bell),
+        trace=trace,
     )
     engine.announce()
     # All that is there now stays: the collector need never look at it again.
     gc.freeze()
     gc.enable()
     engine.run()
+
+
+def _take_over_maker(
+    checkpoint: Checkpoint, checksums: Checksums, ffns: FfnLoader, place: RankPlace, bell: Doorbell | None
+) -> Callable[[ExpertService], TakeOver] | None:
+    """What loads further experts, from files that are open from now on; None where there is nobody to lose."""
+    if place.num_ranks == 1:
+        return None
+    checkpoint.open_all()
+
+    def make(service: ExpertService) -> TakeOver:
+        return TakeOver(
+            service,
+            checkpoint,
+            ffns,
+            prepare=lambda: checksums.learn(place.run.all_checksums()),
+            wake=(lambda: None) if bell is None else partial(bell.ring, place.rank),
+        )
+
+    return make
 
 
 def _claim_device(options: EngineOptions) -> torch.device:

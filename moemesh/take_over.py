@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -18,12 +18,17 @@ from experts import ExpertBank, ExpertService
 from mesh_config.memory_plan import available_memory, format_bytes
 from moemesh.checkpoint import Checkpoint, CheckpointError
 from moemesh.ffn_loader import FfnLoader
+from transport.messages import Hosting
 
 BATCH_BYTES = 64 << 20
 """What is loaded in one call, and made resident in one turn of the engine."""
 BUDGET_BYTES = 1 << 30
 SPARE_BYTES = 256 << 20
 """Memory that is left free: a rank that took the last of it would be killed with all that it has."""
+PROBLEMS_TOLD = 3
+
+Experts = Mapping[int, Sequence[int]]
+"""Logical experts by MoE layer."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +62,35 @@ class _Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TakenOver:
-    """What has become of everything that was wanted: experts by layer, and why others are not there."""
+    """What has become of an order: experts by layer, those that are `refused`, and why."""
 
-    version: int
     experts: Mapping[int, tuple[int, ...]]
-    problems: tuple[str, ...]
+    refused: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def to_message(self) -> Hosting:
+        """For the frontend."""
+        experts, refused = (
+            {layer: list(some) for layer, some in part.items()} for part in (self.experts, self.refused)
+        )
+        more = len(self.problems) - PROBLEMS_TOLD
+        problem = "; ".join(self.problems[:PROBLEMS_TOLD]) + (f"; and {more} more" if more > 0 else "")
+        return Hosting(experts, refused, problem)
 
 
 @dataclass(kw_only=True)
 class _Wanted:
-    version: int
     open: set[tuple[int, int]] = field(default_factory=set)
     experts: dict[int, set[int]] = field(default_factory=dict)
+    refused: dict[int, set[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 class TakeOver:
     """Loads experts for one rank's service.
 
-    `wake` is called by the loading thread whenever there is something to `take`; `free_memory` says how many bytes may
-    still be taken.
+    The loading thread calls `prepare` before it loads anything, and `wake` whenever a `turn` would find something new;
+    `free_memory` says how many bytes may still be taken.
     """
 
     def __init__(
@@ -85,6 +99,7 @@ class TakeOver:
         checkpoint: Checkpoint,
         ffns: FfnLoader,
         *,
+        prepare: Callable[[], object],
         wake: Callable[[], object],
         free_memory: Callable[[], int] = available_memory,
     ) -> None:
@@ -92,6 +107,7 @@ class TakeOver:
         self._service = service
         self._checkpoint = checkpoint
         self._ffns = ffns
+        self._prepare = prepare
         self._wake = wake
         self._free_memory = free_memory
         self._orders: SimpleQueue[_Batch | None] = SimpleQueue()
@@ -100,6 +116,9 @@ class TakeOver:
         self._under_way: set[tuple[int, int]] = set()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._hosted: Experts = {}
+        self._ordered: Experts = {}
+        self._kept = True
         self._budget = 0  # bytes that may be taken before looking at the free memory again
         self.num_loaded = 0
         self.num_ordered = 0
@@ -114,16 +133,33 @@ class TakeOver:
         """Experts loaded, or found wanting, and ordered since the start."""
         return self.num_loaded, self.num_ordered
 
-    def want(self, version: int, experts: Mapping[int, Sequence[int]]) -> None:
-        """Have these experts of each layer, those that are here included: `take` says when. The last wish counts."""
-        self._wanted = _Wanted(version=version)
+    def follow(self, hosted: Experts, order: Experts) -> None:
+        """A view is in force: host these experts of each layer, load besides what is in the order, and drop the rest.
+        An order that is new, and not empty, is answered by `turn`."""
+        self._kept = False
+        self._hosted = hosted
+        if order != self._ordered:
+            self._ordered = order
+            self._want(order)
+
+    def turn(self) -> TakenOver | None:
+        """Make resident what has come, and drop what is not needed. The answer to the last order, once, when there is
+        nothing left to wait for."""
+        taken = self._take()
+        self._kept = self._kept or self._keep()
+        return taken
+
+    def _want(self, order: Experts) -> None:
+        """Those that are here are loaded already."""
+        wanted = self._wanted = _Wanted() if order else None
         self._budget = 0
-        for layer, wanted in experts.items():
+        for layer, experts in order.items():
+            assert wanted is not None
             bank = self._service.bank(layer)
             here = set() if bank is None else set(bank.logical_experts)
-            self._wanted.experts[layer] = set(wanted) & here
-            missing = sorted(set(wanted) - here)
-            self._wanted.open |= {(layer, expert) for expert in missing}
+            wanted.experts[layer] = set(experts) & here
+            missing = sorted(set(experts) - here)
+            wanted.open |= {(layer, expert) for expert in missing}
             self._order(layer, [expert for expert in missing if (layer, expert) not in self._under_way])
 
     def _order(self, layer: int, experts: Sequence[int]) -> None:
@@ -154,8 +190,7 @@ class TakeOver:
             self._thread = threading.Thread(target=self._load_all, name="take-over", daemon=True)
             self._thread.start()
 
-    def take(self) -> TakenOver | None:
-        """Make resident what has come. The result of the last `want`, once, when there is nothing left to wait for."""
+    def _take(self) -> TakenOver | None:
         while not self._outcomes.empty():
             outcome = self._outcomes.get()
             order = outcome.order
@@ -166,6 +201,7 @@ class TakeOver:
                 continue
             self._under_way.discard((order.layer, order.expert))
             self.num_loaded += 1
+            self._kept = False  # it may not be wanted any more
             if outcome.problem is None:
                 bank.admit(order.expert, order.slot)
             else:
@@ -176,20 +212,18 @@ class TakeOver:
             return None
         self._wanted = None
         return TakenOver(
-            version=wanted.version,
-            experts={layer: tuple(sorted(experts)) for layer, experts in wanted.experts.items() if experts},
+            experts=_sorted(wanted.experts),
+            refused=_sorted(wanted.refused),
             problems=tuple(wanted.problems),
         )
 
-    def keep(self, experts: Mapping[int, Collection[int]]) -> bool:
-        """Drop what is resident beyond these experts of each layer, and what is wanted; False where calls wait for a
-        layer, so that this is to be called again."""
+    def _keep(self) -> bool:
+        """Drop what is resident and not needed; False where calls wait for a layer: try again."""
         whole = True
         for layer in self._checkpoint.config.moe_layers:
             bank = self._service.bank(layer)
-            surplus = set() if bank is None else set(bank.logical_experts) - set(experts.get(layer, ()))
-            if self._wanted is not None:
-                surplus -= self._wanted.experts.get(layer, set())
+            surplus = set() if bank is None else set(bank.logical_experts)
+            surplus.difference_update(self._hosted.get(layer, ()), self._ordered.get(layer, ()))
             if bank is None or not surplus:
                 continue
             if self._service.waits_for(layer):
@@ -209,6 +243,7 @@ class TakeOver:
             wanted.experts[layer].add(expert)
         else:
             logger.error("%s", problem)
+            wanted.refused.setdefault(layer, set()).add(expert)
             wanted.problems.append(problem)
 
     def close(self) -> None:
@@ -221,6 +256,7 @@ class TakeOver:
     # --- the other thread
 
     def _load_all(self) -> None:
+        self._prepare()
         with kernels.aside():
             while (batch := self._orders.get()) is not None and not self._closing.is_set():
                 for outcome in self._outcomes_of(batch):
@@ -260,3 +296,11 @@ class TakeOver:
                 order.packed.unload(order.slot)
             return f"expert {first.expert} of layer {first.layer} cannot be taken over: {error}"
         return None
+
+
+def _lists(experts: Experts) -> dict[int, list[int]]:
+    return {layer: list(some) for layer, some in experts.items()}
+
+
+def _sorted(experts: Mapping[int, set[int]]) -> dict[int, tuple[int, ...]]:
+    return {layer: tuple(sorted(some)) for layer, some in experts.items() if some}

@@ -80,10 +80,14 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A new placement, in force from the next View on: by layer and expert the ranks that host it, best first."""
+    """A new placement, in force from the next View on: by layer and expert the ranks that host it, best first.
+
+    `order`: the experts of each layer that this rank is to load besides, and to say Hosting then.
+    """
 
     version: int
     hosts: dict[int, list[list[int]]]
+    order: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +202,11 @@ class PeerReport:
 
 @dataclass(frozen=True, slots=True)
 class Hosting:
-    """The experts of each layer that the rank can answer for."""
+    """The experts of each layer that the rank can answer for, and those that it was to load and could not, and why."""
 
     experts: dict[int, list[int]]
+    refused: dict[int, list[int]] = field(default_factory=dict)
+    problem: str = ""
 
 
 Message = (

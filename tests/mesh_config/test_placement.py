@@ -27,6 +27,34 @@ def test_copies_of_a_rank_go_to_all_others() -> None:
     assert placement.without({0}).hosts_of(1) == ((2,), (1,), (1,), (1, 2), (2, 1), (2,))
 
 
+def test_what_was_taken_over_goes_home() -> None:
+    home = even_placement(6, (1, 2), (0, 1, 2), 3)
+    alone = home.without({0}).hosting(1, {1: (0,), 2: (0, 1)}).hosting(2, {1: (1,)})
+    assert alone.missing == {}
+    assert alone.hosts_of(1) == ((1,), (2,), (1,), (1,), (2,), (2,))
+    assert alone.at_home(home) is alone, "nobody is back"
+    back = alone.hosting(0, {1: (0, 1), 2: (1,)}).at_home(home)
+    assert back.hosts_of(1) == home.hosts_of(1)
+    assert back.hosts_of(2) == ((1,), (0,), (1,), (1,), (2,), (2,))
+    assert back.version > alone.version
+
+
+def test_first_hosts_come_back_one_by_one_and_in_order() -> None:
+    home = even_placement(2, (1,), (0, 1), 3, redundant=2)
+    assert home.hosts_of(1) == ((0, 1), (1, 0))
+    nobody = home.without({0, 1})
+    assert nobody.missing == {1: {0, 1}}
+    taken = nobody.hosting(2, {1: (0, 1)})
+    first = taken.hosting(1, {1: (0, 1)}).at_home(home)
+    assert first.hosts_of(1) == ((1,), (1,))
+    assert first.hosting(0, {1: (0, 1)}).at_home(home).hosts_of(1) == home.hosts_of(1)
+
+
+def test_hosting_what_is_hosted_changes_nothing() -> None:
+    home = even_placement(4, (1, 2), (0, 1), 2)
+    assert home.hosting(1, {1: (2, 3), 7: (1,)}) is home
+
+
 @given(
     num_experts=st.integers(1, 60),
     num_layers=st.integers(1, 9),

@@ -288,11 +288,13 @@ def test_no_more_may_wait_than_the_limit_says() -> None:
 
 def test_a_failed_rank_ends_every_stream() -> None:
     async def check() -> None:
-        async with ready(2, respawn=False) as (controller, ranks):
+        async with ready(2, attention_ranks=1, respawn=False) as (controller, ranks):
             asked = [await started(collect(controller, request())) for _ in range(2)]
             await ranks.say(messages.Failed(rank=0, error="out of memory"))
             for task in asked:
-                with pytest.raises(EngineFailed, match="rank 0, with experts that no other rank has: out of memory"):
+                with pytest.raises(
+                    EngineFailed, match="the mesh has failed: rank 0, with the last attention group: out of memory"
+                ):
                     await task
             with pytest.raises(NotReady):
                 await collect(controller, request())

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from moemesh.engine_client import EngineFailed, Overloaded
+from moemesh.engine_client import EngineFailed, NotReady, Overloaded
 from tests.moemesh.test_controller import FakeRanks, collect, ready, request, run, started, tokens
 from transport import messages
 from transport.life import Life
@@ -39,6 +39,57 @@ def test_requests_of_a_lost_group_go_on_in_another() -> None:
             assert status.detail == "rank 0 is dead: out of memory"
             assert controller.mesh()["ranks"][0]["reason"] == "out of memory"
             asked[1].cancel()
+
+    run(check())
+
+
+def test_requests_wait_until_a_survivor_has_the_lost_experts() -> None:
+    async def check() -> None:
+        async with ready(2) as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=2)))
+            await ranks.say(FAILED)
+            (place,) = ranks.told(messages.Place)
+            lost = place.order
+            assert lost
+            assert all(
+                hosts == ([] if expert in lost[layer] else [1])
+                for layer, of_layer in place.hosts.items()
+                for expert, hosts in enumerate(of_layer)
+            )
+            assert not controller.status().ready
+            assert submits(ranks) == [(0, 1, [])]
+            assert f"moemesh_experts_missing {sum(map(len, lost.values()))}.0".encode() in ranks.metrics.render()
+            assert controller.mesh()["placement"]["loading"] == {"1": sum(map(len, lost.values()))}
+            await ranks.say(messages.Hosting(lost), by=Life(1))
+            assert ranks.told(messages.Place)[-1].order == {}
+            assert all(hosts == [1] for of_layer in ranks.told(messages.Place)[-1].hosts.values() for hosts in of_layer)
+            assert submits(ranks)[-1] == (1, 1, [])
+            assert controller.status().ready
+            assert b"moemesh_experts_missing 0.0" in ranks.metrics.render()
+            assert b'moemesh_experts_taken_over_total{rank="1"}' in ranks.metrics.render()
+            asked.cancel()
+
+    run(check())
+
+
+def test_experts_that_cannot_be_loaded_end_requests_and_not_the_mesh() -> None:
+    async def check() -> None:
+        async with ready(2, respawn=False) as (controller, ranks):
+            asked = await started(collect(controller, request()))
+            await ranks.say(FAILED)
+            order = ranks.told(messages.Place)[-1].order
+            await ranks.say(messages.Hosting({}, order, "model.safetensors: is truncated"), by=Life(1))
+            with pytest.raises(EngineFailed, match=r"cannot be loaded again: rank 1: model.safetensors: is truncated"):
+                await asked
+            with pytest.raises(NotReady, match="is truncated"):
+                await collect(controller, request())
+            status = controller.status()
+            assert (status.state, status.ready, status.degraded) == ("ready", False, True)
+            assert "is truncated" in status.detail
+            assert controller.mesh()["placement"]["problems"] == {"1": "model.safetensors: is truncated"}
+            assert b'moemesh_experts_refused_total{rank="1"}' in ranks.metrics.render()
+            await ranks.say(messages.Hosting(order), by=Life(1))
+            assert controller.status().ready
 
     run(check())
 

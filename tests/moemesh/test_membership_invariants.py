@@ -53,6 +53,7 @@ class Story(RuleBasedStateMachine):
         self.epoch = 0
         self.placement_version = 0
         self.lives = [0] * RANKS
+        self.said = {Life(rank): set(placement.experts_on(1, rank)) for rank in range(RANKS)}
         self.begun: set[Life] = set()
         self.over: set[Life] = set()
         self.groups: list[GroupView] = list(self.membership.view.groups)
@@ -117,9 +118,11 @@ class Story(RuleBasedStateMachine):
     def fails(self, rank: int, offset: int, kind: type[RankFailed] | type[SpawnFailed]) -> None:
         self.tell(kind(self.life(rank, offset), "no reason"))
 
-    @rule(rank=ranks, offset=offsets, experts=st.sets(st.integers(0, 3)))
-    def hosts(self, rank: int, offset: int, experts: set[int]) -> None:
-        self.tell(HostingSeen(self.life(rank, offset), {1: sorted(experts)}))
+    @rule(rank=ranks, offset=offsets, experts=st.sets(st.integers(0, 3)), refused=st.sets(st.integers(0, 3)))
+    def hosts(self, rank: int, offset: int, experts: set[int], refused: set[int]) -> None:
+        life = self.life(rank, offset)
+        self.said.setdefault(life, set()).update(experts)
+        self.tell(HostingSeen(life, {1: sorted(experts)}, {1: sorted(refused)}, "no"))
 
     @rule(rank=ranks, offset=offsets, stopped=st.booleans())
     def is_seen(self, rank: int, offset: int, stopped: bool) -> None:
@@ -165,6 +168,16 @@ class Story(RuleBasedStateMachine):
     def the_dead_host_nothing(self) -> None:
         for rank, record in enumerate(self.membership.view.ranks):
             assert record.state != "dead" or not self.membership.placement.experts_of(rank)
+
+    @invariant()
+    def nothing_is_placed_before_it_is_loaded(self) -> None:
+        for rank in range(RANKS):
+            said = self.said.get(self.membership.present(rank), set())
+            assert set(self.membership.placement.experts_on(1, rank)) <= said
+
+    @invariant()
+    def only_the_living_are_asked_to_load(self) -> None:
+        assert set(self.membership.homes.orders) <= set(self.membership.view.living())
 
     @invariant()
     def the_end_comes_once(self) -> None:

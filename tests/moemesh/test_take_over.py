@@ -17,9 +17,10 @@ from mesh_config import load_model_config
 from moemesh.checkpoint import Checkpoint
 from moemesh.checksums import Checksums
 from moemesh.ffn_loader import FfnLoader
-from moemesh.take_over import SPARE_BYTES, TakenOver, TakeOver
+from moemesh.take_over import SPARE_BYTES, Experts, TakenOver, TakeOver
 from tests.oracle import write_random_checkpoint
 from transport.dispatch import ExpertCall
+from transport.messages import Hosting
 
 CPU = torch.device("cpu")
 FIRST, SECOND = 1, 2  # the MoE layers
@@ -37,8 +38,11 @@ class _Rank:
     take_over: TakeOver
     woken: threading.Semaphore
 
+    def want(self, order: Experts, *, hosted: Experts | None = None) -> None:
+        self.take_over.follow({FIRST: HERE} if hosted is None else hosted, order)
+
     def finish(self) -> TakenOver:
-        while (taken := self.take_over.take()) is None:
+        while (taken := self.take_over.turn()) is None:
             assert self.woken.acquire(timeout=60), "the take-over does not end"
         return taken
 
@@ -58,7 +62,7 @@ def _rank(folder: Path, *, quantized: bool = False, free_memory: Callable[[], in
     bank = ExpertBank(HERE, config.num_experts, packed)
     service = ExpertService({FIRST: bank}, rank=0, hidden=config.hidden_size, device=CPU)
     woken = threading.Semaphore(0)
-    take_over = TakeOver(service, checkpoint, ffns, wake=woken.release, free_memory=free_memory)
+    take_over = TakeOver(service, checkpoint, ffns, prepare=lambda: None, wake=woken.release, free_memory=free_memory)
     return _Rank(folder, service, checkpoint, ffns, take_over, woken)
 
 
@@ -79,10 +83,10 @@ def test_what_is_taken_over_computes_as_at_home(tmp_path: Path, held: str) -> No
     folder = write_random_checkpoint(tmp_path / "model", 1, fp8=held == "fp8", dtype="bfloat16")
     rank = _rank(folder, quantized=held == "int8")
     num_experts, hidden = rank.checkpoint.config.num_experts, rank.checkpoint.config.hidden_size
-    rank.take_over.want(3, {FIRST: (1, 3, 2), SECOND: (0,)})
+    rank.want({FIRST: (1, 3, 2), SECOND: (0,)})
     assert rank.take_over.busy
-    assert rank.finish() == TakenOver(version=3, experts={FIRST: (1, 2, 3), SECOND: (0,)}, problems=())
-    assert rank.take_over.take() is None
+    assert rank.finish() == TakenOver(experts={FIRST: (1, 2, 3), SECOND: (0,)})
+    assert rank.take_over.turn() is None
     assert not rank.take_over.busy
     assert rank.take_over.progress == (3, 3)
     assert (rank.slots(FIRST), rank.slots(SECOND)) == ((0, 1, 2, 3), (0,))
@@ -101,46 +105,68 @@ def test_what_is_taken_over_computes_as_at_home(tmp_path: Path, held: str) -> No
 
 
 def test_what_is_here_already_is_not_loaded(rank: _Rank) -> None:
-    rank.take_over.want(1, {FIRST: HERE})
+    rank.want({FIRST: HERE})
     assert not rank.take_over.busy
     assert rank.finish().experts == {FIRST: HERE}
 
 
 def test_the_last_wish_counts(rank: _Rank) -> None:
-    rank.take_over.want(1, {FIRST: (2, 3)})
-    rank.take_over.want(2, {FIRST: (3,), SECOND: (1,)})
-    taken = rank.finish()
-    assert (taken.version, taken.experts) == (2, {FIRST: (3,), SECOND: (1,)})
+    rank.want({FIRST: (2, 3)})
+    rank.want({FIRST: (3,), SECOND: (1,)})
+    assert rank.finish().experts == {FIRST: (3,), SECOND: (1,)}
 
 
 def test_what_is_not_needed_any_more_is_dropped_once_nobody_waits_for_it(rank: _Rank) -> None:
-    rank.take_over.want(1, {FIRST: (2, 3), SECOND: (4, 5)})
+    rank.want({FIRST: (2, 3), SECOND: (4, 5)})
     rank.finish()
     hidden = rank.checkpoint.config.hidden_size
     slot = torch.zeros(1, dtype=torch.int32)
     local = LocalCall(layer=FIRST, call=ExpertCall(torch.randn(1, hidden), slot, slot + 2))
     rank.service.submit_local(local)
-    assert not rank.take_over.keep({FIRST: (0, 1, 3)})
+    rank.want({}, hosted={FIRST: (0, 1, 3)})
+    assert rank.take_over.turn() is None
     assert (rank.slots(FIRST), rank.slots(SECOND)) == ((0, 1, 2, 3), ())
     rank.service.step()
     assert local.answer is not None
-    assert rank.take_over.keep({FIRST: (0, 1, 3)})
+    rank.take_over.turn()
     assert rank.slots(FIRST) == (0, 1, 3)
-    rank.take_over.want(2, {FIRST: (2, 4), SECOND: (4,)})
+    rank.want({FIRST: (2, 4), SECOND: (4,)})
     assert rank.finish().experts == {FIRST: (2, 4), SECOND: (4,)}
-    bank = rank.service.bank(FIRST)
-    assert bank is not None
-    assert bank.local_slot_E[[0, 1, 3]].tolist() == [0, 1, 3]
+    assert rank.slots(FIRST) == (0, 1, 2, 4)
     rank.service.submit_local(local)
     before, local.answer = local.answer, None
     rank.service.step()
     assert torch.equal(local.answer, before)
 
 
+def test_what_was_loaded_is_kept_until_the_order_is_over(rank: _Rank) -> None:
+    """A view may have been under way before the answer arrived: its placement does not name us yet."""
+    rank.want({FIRST: (2,)})
+    rank.finish()
+    rank.want({FIRST: (2,)})
+    assert rank.take_over.turn() is None, "the same order is answered once"
+    assert rank.slots(FIRST) == (0, 1, 2)
+    rank.want({}, hosted={FIRST: (0, 1, 2)})
+    assert rank.take_over.turn() is None
+    assert rank.slots(FIRST) == (0, 1, 2)
+    rank.want({})
+    rank.take_over.turn()
+    assert rank.slots(FIRST) == HERE
+
+
+def test_what_comes_after_its_order_was_taken_back_goes_again(rank: _Rank) -> None:
+    rank.want({FIRST: (2, 3)})
+    rank.want({})
+    while rank.take_over.busy:
+        assert rank.woken.acquire(timeout=60)
+        assert rank.take_over.turn() is None
+    assert rank.slots(FIRST) == HERE
+
+
 def test_an_unlinked_checkpoint_can_still_be_read(rank: _Rank) -> None:
     shutil.rmtree(rank.folder)
-    rank.take_over.want(1, {SECOND: (5,)})
-    assert rank.finish() == TakenOver(version=1, experts={SECOND: (5,)}, problems=())
+    rank.want({SECOND: (5,)})
+    assert rank.finish() == TakenOver(experts={SECOND: (5,)})
 
 
 def test_a_flipped_byte_is_refused_by_name(rank: _Rank) -> None:
@@ -153,9 +179,9 @@ def test_a_flipped_byte_is_refused_by_name(rank: _Rank) -> None:
         byte = file.read(1)[0]
         file.seek(start + 11)
         file.write(bytes([byte ^ 16]))
-    rank.take_over.want(1, {SECOND: (4, 5)})
+    rank.want({SECOND: (4, 5)})
     taken = rank.finish()
-    assert taken.experts == {SECOND: (4,)}
+    assert (taken.experts, taken.refused) == ({SECOND: (4,)}, {SECOND: (5,)})
     assert len(taken.problems) == 1
     assert f"{name} is not what the mesh has loaded" in taken.problems[0]
     assert rank.slots(SECOND) == (4,)
@@ -164,11 +190,12 @@ def test_a_flipped_byte_is_refused_by_name(rank: _Rank) -> None:
 def test_a_truncated_file_is_refused_by_name(rank: _Rank) -> None:
     path = rank.folder / "model.safetensors"
     os.truncate(path, 5000)
-    rank.take_over.want(1, {SECOND: (4, 5)})
+    rank.want({SECOND: (4, 5)})
     taken = rank.finish()
     assert taken.experts == {}
     assert all("cannot be read" in problem for problem in taken.problems)
     assert len(taken.problems) == 2
+    assert taken.to_message() == Hosting({}, {SECOND: [4, 5]}, "; ".join(taken.problems))
     assert rank.slots(SECOND) == ()
     assert rank.slots(FIRST) == HERE
 
@@ -176,10 +203,10 @@ def test_a_truncated_file_is_refused_by_name(rank: _Rank) -> None:
 def test_the_last_of_the_memory_is_not_taken(folder: Path) -> None:
     free = [SPARE_BYTES + (1 << 20)]
     rank = _rank(folder, free_memory=lambda: free[0])
-    rank.take_over.want(1, {FIRST: (2,)})
+    rank.want({FIRST: (2,)})
     assert rank.finish().experts == {FIRST: (2,)}
     free[0] = SPARE_BYTES
-    rank.take_over.want(2, {FIRST: (2, 3)})
+    rank.want({FIRST: (2, 3)})
     taken = rank.finish()
     assert taken.experts == {FIRST: (2,)}
     assert "expert 3 of layer 1 cannot be taken over" in taken.problems[0]
@@ -188,6 +215,6 @@ def test_the_last_of_the_memory_is_not_taken(folder: Path) -> None:
 
 
 def test_closing_leaves_the_rest(rank: _Rank) -> None:
-    rank.take_over.want(1, {FIRST: tuple(range(rank.checkpoint.config.num_experts))})
+    rank.want({FIRST: tuple(range(rank.checkpoint.config.num_experts))})
     rank.take_over.close()
     rank.take_over.close()
