@@ -58,6 +58,11 @@ class Wire:
     def __len__(self) -> int:
         return len(self._parcels)
 
+    @property
+    def next_due(self) -> float:
+        """When the first frame arrives."""
+        return self._parcels[0].due
+
     def clear(self) -> None:
         """All that is under way is lost."""
         self._parcels.clear()
@@ -67,7 +72,7 @@ class Wire:
     def sever(self, *, hold: bool) -> None:
         """From here on frames are lost or, with `hold`, wait for the mending, as they do where TCP sends them again."""
         self.cut = True
-        self._held = [] if hold else None
+        self._held = (self._held or []) if hold else None
 
     def mend(self, now: float) -> None:
         """Frames travel again, those that waited first."""

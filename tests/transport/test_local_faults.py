@@ -97,6 +97,15 @@ def test_faults_befall_only_the_wires_they_are_meant_for() -> None:
     assert run(network, 1.0) == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4]}
 
 
+def test_a_wire_that_is_cut_again_holds_what_it_held() -> None:
+    network = LocalNetwork(2)
+    for step in range(2):
+        network.cut(0, 1, hold=True)
+        network.links[0].post(1, frame_from(network.links[0], step))
+    network.heal(0, 1)
+    assert run(network, 0.01)[1] == [0, 1]
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_cut_wire_loses_its_frames_or_holds_them(hold: bool) -> None:
     network = LocalNetwork(2)
