@@ -165,7 +165,7 @@ class Controller:
                     output = stream.outputs.popleft()
                     finished = output.finish_reason is not None
                     yield output
-                if stream.failure is not None:
+                if stream.failure is not None and not finished:
                     finished = True
                     raise stream.failure
         finally:
@@ -260,18 +260,24 @@ class Controller:
     def _handle(self, life: Life, message: messages.Message) -> None:
         if not isinstance(message, messages.Outputs | messages.Stats):
             self._control.hear(life, message)
+        elif isinstance(message, messages.Outputs):
+            self._take_outputs(life, message)
         elif not self._control.membership.believes(life):
             self._metrics.stale_messages.inc()
-        elif isinstance(message, messages.Outputs):
-            self._last_progress = self._clock()
-            group = self._mesh.group_of(life.rank)
-            for item in message.items:
-                self._deliver(item, group)
         else:
             self.view.note_expert_load(message.expert_load)
             if self.view.note_steps(life.rank, message.counters.get("steps", 0.0)):
                 self._last_progress = self._clock()
             self._metrics.ranks.update(life.rank, message.counters, incarnation=life.incarnation)
+
+    def _take_outputs(self, life: Life, outputs: messages.Outputs) -> None:
+        group = self._mesh.group_of(life.rank)
+        if not self._control.membership.believes_of(life, group, outputs.generation):
+            self._metrics.stale_messages.inc()
+            return
+        self._last_progress = self._clock()
+        for item in outputs.items:
+            self._deliver(item, group)
 
     def _deliver(self, item: messages.OutputItem, group: int | None) -> None:
         entry, stream = self._ledger.get(item.request_id), self._streams.get(item.request_id)

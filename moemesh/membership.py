@@ -118,6 +118,11 @@ class Membership:
         """What this life says of requests counts."""
         return self.is_present(life) and self._ranks[life.rank].living
 
+    def believes_of(self, life: Life, group: int | None, generation: int) -> bool:
+        """What this life says it has computed for an attention group counts. A generation that is over may have gone on
+        for a while, but some of its words were not heard: what follows them must not be either."""
+        return group is not None and self._groups[group].generation == generation and self.believes(life)
+
     def present(self, rank: int) -> Life:
         """The rank's present life."""
         return self._ranks[rank].life

@@ -153,7 +153,7 @@ class RankEngine:
             self._report("late", self._client.check_deadlines(self._clock()))
         if self._member is not None:
             busy |= self._member.turn(may_begin=self._heart.lease_holds())
-            self._send_outputs(self._member.take_outputs())
+            self._send_outputs(self._member.generation, self._member.take_outputs())
         return busy
 
     def announce(self) -> None:
@@ -256,13 +256,14 @@ class RankEngine:
             output_ids=list(message.generated),
             cache_salt=message.cache_salt,
         )
+        member = self._require_member()
         try:
-            self._require_member().submit(sequence)
+            member.submit(sequence)
         except ValueError as error:
             refusal = messages.OutputItem(
                 request_id=message.request_id, position=0, token_ids=[], error=str(error), refused=True
             )
-            self._control.send(messages.Outputs(rank=self._link.rank, items=[refusal]))
+            self._control.send(messages.Outputs(self._link.rank, member.generation, [refusal]))
 
     def _require_member(self) -> GroupMember:
         if self._member is None:
@@ -314,10 +315,10 @@ class RankEngine:
             self._link.post(call.sender, answer_frame(call, answer, self._link.rank))
         return True
 
-    def _send_outputs(self, outputs: list[SequenceOutput]) -> None:
+    def _send_outputs(self, generation: int, outputs: list[SequenceOutput]) -> None:
         if outputs:
             items = [_output_item(output) for output in outputs]
-            self._control.send(messages.Outputs(rank=self._link.rank, items=items))
+            self._control.send(messages.Outputs(self._link.rank, generation, items))
 
     # --- counters
 

@@ -157,9 +157,10 @@ class OutputItem:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The results of a step."""
+    """The results of a step in a generation of the attention group."""
 
     rank: int
+    generation: int
     items: list[OutputItem]
 
 

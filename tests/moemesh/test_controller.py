@@ -67,9 +67,9 @@ def hello(rank: int, isa: str = "avx2", *, host: str = "elsewhere", pid: int = 1
     return messages.Hello(rank=rank, pid=pid, incarnation=0, host=host, num_threads=1, isa=isa)
 
 
-def tokens(request_id: int, position: int, *ids: int, **fields: Any) -> messages.Outputs:
+def tokens(request_id: int, position: int, *ids: int, generation: int = 0, **fields: Any) -> messages.Outputs:
     item = messages.OutputItem(request_id=request_id, position=position, token_ids=list(ids), **fields)
-    return messages.Outputs(rank=0, items=[item])
+    return messages.Outputs(rank=0, generation=generation, items=[item])
 
 
 def request(*prompt: int, choice: int = 0, **params: Any) -> GenerationRequest:

@@ -137,6 +137,20 @@ def test_a_request_that_seems_to_kill_its_ranks_ends() -> None:
     run(check())
 
 
+def test_a_stream_that_is_complete_hears_of_no_failure() -> None:
+    async def check() -> None:
+        async with ready(2, attention_ranks=1, respawn=False) as (controller, ranks):
+            stream = controller.generate(request(max_tokens=1))
+            asked = await started(anext(stream))
+            await ranks.say(tokens(1, 2, 20, finish_reason="length"))
+            assert (await asked).finish_reason == "length"
+            await ranks.say(FAILED)
+            assert controller.failure is not None
+            assert [output async for output in stream] == []
+
+    run(check())
+
+
 def test_a_token_in_between_shows_that_a_request_is_harmless() -> None:
     async def check() -> None:
         async with ready(5, attention_ranks=4) as (controller, ranks):
@@ -186,7 +200,9 @@ def test_the_only_rank_begins_another_life_and_its_requests_with_it() -> None:
             await ranks.say(tokens(1, 3, 77), by=Life(0))
             await ranks.say(messages.Ready(rank=0, num_blocks=4), by=Life(0, 1))
             assert submits(ranks)[2:] == [(0, 1, [20]), (0, 2, [])]
-            await ranks.say(tokens(1, 3, 21, 22, finish_reason="length"), by=Life(0, 1))
+            # The same process may have gone on for a while with what it had, past tokens that nobody has heard.
+            await ranks.say(tokens(1, 4, 22), by=Life(0, 1))
+            await ranks.say(tokens(1, 3, 21, 22, generation=2, finish_reason="length"), by=Life(0, 1))
             assert [token for output in await asked for token in output.token_ids] == [20, 21, 22]
             waiting.cancel()
 
