@@ -88,6 +88,14 @@ class LocalNetwork:
         for notice in due:
             self._give(notice)
 
+    def next_arrival(self, rank: int) -> float | None:
+        """When a turn of the rank may find a frame, or hear of a death; None while nothing is under way to it."""
+        if rank in self._dead:
+            return None
+        dues = [wire.next_due for wire in self._wires[rank].values() if len(wire)]
+        dues += [notice.due for notice in self._notices if notice.peer == rank]
+        return min(dues, default=None)
+
     def may_run(self, rank: int) -> bool:
         """Whether the rank gets a turn now; for a slow one a matter of chance."""
         if rank in self._dead or rank in self._stopped:
