@@ -110,6 +110,22 @@ class BlockPool:
             self._idle.pop(block, None)
             self._num_owners[block] += 1
 
+    def claim(self, blocks: Sequence[int]) -> None:
+        """Become an owner, for each time it is named, of blocks that nobody was given here: who had them is gone.
+
+        Those that are named more than once are shared, and must be full.
+        """
+        fresh = {block for block in blocks if not self._num_owners[block]}
+        if not fresh <= set(self._free):
+            raise AssertionError(f"blocks {sorted(fresh - set(self._free))} were claimed and are published")
+        self._free = [block for block in self._free if block not in fresh]
+        for block in blocks:
+            self._num_owners[block] += 1
+
+    def is_published(self, block: int) -> bool:
+        """Whether others can find the block."""
+        return block in self._name_of
+
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
         del self._block_of[self._name_of.pop(block)]

@@ -6,6 +6,7 @@ share (DeepSeek-V2, arXiv 2405.04434, section 2.1). Every tensor-parallel peer o
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class LatentCache:
 
     def __init__(self, *, num_layers: int, num_blocks: int, width: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
+        self.num_layers = num_layers
         shape = (num_layers, num_blocks, BLOCK_SIZE, width)
         blocks = _untouched_zeros(shape) if device.type == "cpu" else torch.zeros(shape, device=device)
         self._layers = blocks.unbind()
@@ -29,6 +31,14 @@ class LatentCache:
     def layer(self, layer: int) -> Tensor:
         """The blocks of one layer, [num_blocks, BLOCK_SIZE, width]."""
         return self._layers[layer]
+
+    def read(self, layer: int, block_ids: Sequence[int]) -> Tensor:
+        """A copy of some blocks of a layer, [len(block_ids), BLOCK_SIZE, width]."""
+        return self._layers[layer][torch.tensor(block_ids)]
+
+    def write(self, layer: int, block_ids: Sequence[int], blocks: Tensor) -> None:
+        """Put what another member has `read` to the same places."""
+        self._layers[layer][torch.tensor(block_ids)] = blocks
 
 
 def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:

@@ -63,6 +63,17 @@ class CachedPrefix:
             self._pool.publish(self._sequence.block_table[index], self._names[index])
         self._num_settled = num_full
 
+    def resume(self) -> None:
+        """The sequence has claimed blocks that hold its tokens already: publish the full ones, unless others have."""
+        num_full = self._sequence.num_computed // self._pool.block_size
+        if not self.enabled:
+            return
+        self._name(num_full)
+        for block, name in zip(self._sequence.block_table[:num_full], self._names, strict=False):
+            if not self._pool.is_published(block):
+                self._pool.publish(block, name)
+        self._num_settled = num_full
+
     def _name(self, num_blocks: int) -> None:
         """Names for the first `num_blocks` blocks of the sequence."""
         num_prompt = len(self._sequence.prompt_ids)

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,8 @@ from transport.life import Life
 
 MAX_LOSSES = 3
 """Who was being computed by so many groups in a row that were lost, and got no token in between, may be the cause."""
-MAX_AFFINITY = 65536  # blocks remembered per attention group, 10 MB of names
+MAX_REGROUP_TOKENS = 8 << 20
+"""In one message; of more, the rest begins again."""
 STALL_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
@@ -91,9 +92,11 @@ class Controller:
             clock=clock,
             make_watch=make_watch,
         )
-        self._ledger = Ledger(len(mesh.groups), _affinity(mesh))
+        self._ledger = Ledger(len(mesh.groups), PrefixAffinity.of(mesh))
         self._admission = Admission(self._ledger, limits)
         self._streams: dict[int, _Stream] = {}
+        # Groups that go on with other members, and whose leader has not been told their sequences yet.
+        self._regrouping: set[int] = set()
         self._failure: str | None = None
         # A request without max_tokens goes on until the context ends, or the cache, where that is smaller: a sequence's
         # last token is given out and never cached.
@@ -216,15 +219,31 @@ class Controller:
 
     def _give_out(self) -> None:
         """Send what waits to the groups that have room."""
+        for group in sorted(self._regrouping):
+            self._regroup(group)
         if not self._admission.num_waiting:
             return
-        for entry in self._admission.take(self._serving_groups()):
+        groups = [group for group in self._serving_groups() if group not in self._regrouping]
+        for entry in self._admission.take(groups):
             assert entry.group is not None
             if not self._control.send_leader(entry.group, submit_message(entry)):
                 self._admission.put_back(entry)  # the next tick tries again
                 return
             if entry.restarting:
                 self._metrics.restarts.inc()
+
+    def _regroup(self, group: int) -> None:
+        """Tell the leader of a group that has other members which sequences go on."""
+        entries, room = self._ledger.entries_of(group), MAX_REGROUP_TOKENS
+        for entry in entries:
+            room -= entry.num_tokens
+            if room < 0:
+                entry.group, entry.restarting = None, True
+                self._admission.restart([entry])
+        sequences = [submit_message(entry) for entry in entries if entry.group == group]
+        generation = self._control.membership.view.groups[group].generation
+        if self._control.send_leader(group, messages.Regroup(generation, sequences)):
+            self._regrouping.discard(group)
 
     def _turn_away(self) -> None:
         """End what nobody will compute."""
@@ -303,12 +322,25 @@ class Controller:
 
     def group_lost(self, group: int, reason: str) -> None:
         """See MeshListener."""
+        self._regrouping.discard(group)
         lost = self._ledger.lose(group)
         if lost:
             logger.warning("%d requests of attention group %d begin again: %s", len(lost), group, reason)
+        self._end_suspects(lost, reason)
         self._admission.restart(entry for entry in lost if entry.losses < MAX_LOSSES)
-        for entry in lost:
+
+    def group_regrouped(self, group: int, reason: str, *, lost: bool) -> None:
+        """See MeshListener."""
+        entries = self._ledger.keep(group) if lost else self._ledger.entries_of(group)
+        logger.warning("attention group %d goes on with %d requests: %s", group, len(entries), reason)
+        self._end_suspects(entries, reason)
+        self._regrouping.add(group)
+
+    def _end_suspects(self, entries: Sequence[LedgerEntry], reason: str) -> None:
+        """End those that may be the cause of what is being lost again and again."""
+        for entry in entries:
             if entry.losses >= MAX_LOSSES:
+                entry.group = None
                 told = f"the request was being computed at each of the last {entry.losses} failures: {reason}"
                 self._end(entry.request_id, EngineFailed(told))
 
@@ -378,12 +410,3 @@ class Controller:
         """Let everybody who waits for something look again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _affinity(mesh: MeshConfig) -> PrefixAffinity | None:
-    """None where there is nothing to choose."""
-    if len(mesh.groups) == 1 or not mesh.prefix_caching:
-        return None
-    return PrefixAffinity(
-        len(mesh.groups), block_size=mesh.block_size, blocks_per_group=min(mesh.num_cache_blocks or 0, MAX_AFFINITY)
-    )

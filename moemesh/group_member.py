@@ -7,17 +7,21 @@ One step of a group is under way at a time; its micro-batches run side by side.
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgpack
 import torch
 
+from attention.latent_cache import LatentCache
 from attention.service import AttentionService
 from moemesh.batch import MicroBatch, build_micro_batch, split_plan
 from moemesh.forward import Forward
 from moemesh.head import Head, RowResults
+from moemesh.heads import HeadsMissing
+from moemesh.kept_cache import KeptCache
 from moemesh.model import AttentionModel
 from moemesh.overlap import OverlapRule
+from moemesh.regrouping import Regrouping
 from moemesh.scheduler import Scheduler
 from moemesh.sequence import Sequence, SequenceOutput
 from moemesh.step_plan import PlanMirror, StepPlan
@@ -28,6 +32,20 @@ from transport.mailbox import Mailbox, MailKey
 from transport.shards import row_split
 from transport.tasks import Steps, Task, together
 from transport.trace import Trace, now
+
+Engaged = tuple[AttentionService, Forward]
+Engage = Callable[[], Steps[Engaged]]
+"""Waits for the heads that a member computes with, and makes of them what leads rows through the layers."""
+
+
+@dataclass
+class _Submitted:
+    """Whether all sequences that are to go on are there; may be waited for."""
+
+    over: bool
+
+    def ready(self) -> bool:
+        return self.over
 
 
 class GroupMember:
@@ -40,22 +58,24 @@ class GroupMember:
         link: Link,
         mailbox: Mailbox,
         model: AttentionModel,
-        attention: AttentionService,
-        forward: Forward,
+        cache: LatentCache,
+        engage: Engage,
         overlap: OverlapRule,
         expand_prompts: bool,
         scheduler: Scheduler | None,
         generation: int,
+        kept: KeptCache | None,
+        goes_on: bool,
         clock: Callable[[], float],
         trace: Trace | None = None,
     ) -> None:
+        """`members`: none where this rank is not in the group. `goes_on`: with the cache of an earlier generation, of
+        which this member knows what is `kept`."""
         self._members = members
         self._link = link
         self._mailbox = mailbox
         self._model = model
         self._head = Head(model)
-        self._attention = attention
-        self._forward = forward
         self._overlap = overlap
         self._expand_prompts = expand_prompts
         self.scheduler = scheduler
@@ -64,10 +84,17 @@ class GroupMember:
         self._trace = trace
         self._mirror = PlanMirror()
         self._plans: deque[StepPlan] = deque()
-        self._task: Task[None] | None = None
+        self._engaged: Engaged | None = None
+        self._problem: str | None = None
+        self._submitted = _Submitted(over=not goes_on)
+        self._regrouping = Regrouping(
+            members=members, generation=generation, link=link, mailbox=mailbox, cache=cache, kept=kept
+        )
+        self._task: Task[None] | None = Task(self._join(engage, goes_on=goes_on)) if members else None
         self._outputs: list[SequenceOutput] = []
         self._waited = 0.0
         self.num_steps = 0
+        self.num_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -89,6 +116,10 @@ class GroupMember:
         assert self.scheduler is not None, "a cancellation reached a rank that leads no attention group"
         self.scheduler.cancel(seq_id)
 
+    def resume(self) -> None:
+        """Leader only: all sequences that go on from an earlier generation have been submitted."""
+        self._submitted.over = True
+
     def receive_plan(self, frame: Frame) -> None:
         """Queue the leader's next plan."""
         self._plans.append(StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes())))
@@ -97,6 +128,11 @@ class GroupMember:
         """What the leader's sequences have given since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def take_problem(self) -> str | None:
+        """Why this member cannot take part in its generation, once."""
+        problem, self._problem = self._problem, None
+        return problem
 
     def waited(self, seconds: float) -> None:
         """The rank had nothing to do for so long."""
@@ -113,12 +149,28 @@ class GroupMember:
             self._task = None
         return advanced
 
-    def abandon(self) -> None:
-        """The generation is over, and with it the step under way."""
+    def leave(self) -> KeptCache | None:
+        """The generation is over, and with it the step under way; what is known of the cache, for the next one."""
         if self._task is not None:
             self._task.abandon()
+        last = self._mirror.last
+        return self._regrouping.kept if last is None else KeptCache.of(self.generation, self._mirror, last)
+
+    def _join(self, engage: Engage, *, goes_on: bool) -> Steps[None]:
+        """What comes before the first step."""
+        try:
+            self._engaged = yield from engage()
+        except HeadsMissing as error:
+            self._problem = str(error)
+            return
+        if goes_on and self.scheduler is None:
+            yield from self._regrouping.follow()
+        elif goes_on and self.scheduler is not None:
+            yield from self._regrouping.lead(self.scheduler, self._submitted)
 
     def _begin(self) -> bool:
+        if self._engaged is None:
+            return False
         if self.scheduler is not None:
             plan = self.scheduler.schedule() or self.scheduler.release_plan()
             if plan is None:
@@ -159,16 +211,19 @@ class GroupMember:
                 self._overlap.note(plan.num_tokens, len(parts), seconds=seconds, waited=self._waited)
         self._mailbox.discard(self.generation, plan.step + 1)
         self.num_steps += 1
+        self.num_tokens += plan.num_tokens
         if self._trace is not None:
             self._trace.span("step", began, step=plan.step, sequences=len(plan.items))
 
     def _run(self, step: int, batch: MicroBatch) -> Steps[RowResults]:
         """One micro-batch; the results of the rows this member owns, sent to the leader if that is another rank."""
         lap = None if self._trace is None else self._trace.start(batch.index, step=step)
-        x_OH = yield from self._forward.run(batch, generation=self.generation, step=step)
+        assert self._engaged is not None
+        attention, forward = self._engaged
+        x_OH = yield from forward.run(batch, generation=self.generation, step=step)
         if lap:
             lap("layers")
-        start, stop = self._attention.owned_rows(batch.attention.num_rows)
+        start, stop = attention.owned_rows(batch.attention.num_rows)
         owned = [row for row in batch.logits_rows if start <= row.row < stop]
         results = self._head.evaluate(x_OH, start, owned)
         leader = self._members[0]

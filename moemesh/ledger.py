@@ -4,13 +4,17 @@ The ledger survives the ranks: prompt plus tokens so far is all it takes to rest
 sampled one depend on its seed and the position alone.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attention.block_hash import block_hashes, chain_root
+from mesh_config.mesh import MeshConfig
 from moemesh.sampling_params import SamplingParams
 
+MAX_AFFINITY = 65536  # blocks remembered per attention group, 10 MB of names
 MAX_PREFIX_BLOCKS = 1024
 """Blocks at the beginning of a prompt that affinity looks at: enough to tell groups apart, little to hash."""
 
@@ -73,6 +77,14 @@ class PrefixAffinity:
         self._blocks_per_group = blocks_per_group
         # By group the names of blocks, the one used longest ago first.
         self._names: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(num_groups)]
+
+    @classmethod
+    def of(cls, mesh: MeshConfig) -> PrefixAffinity | None:
+        """None where there is nothing to choose."""
+        if len(mesh.groups) == 1 or not mesh.prefix_caching:
+            return None
+        blocks_per_group = min(mesh.num_cache_blocks or 0, MAX_AFFINITY)
+        return cls(len(mesh.groups), block_size=mesh.block_size, blocks_per_group=blocks_per_group)
 
     def names(self, prompt: tuple[int, ...], cache_salt: str) -> list[bytes]:
         """What to ask and tell the other methods of a prompt."""
@@ -156,7 +168,7 @@ class Ledger:
 
     def lose(self, group: int) -> list[LedgerEntry]:
         """The group's cache is gone: its entries, oldest first, are in no group any more."""
-        lost = [entry for entry in self._entries.values() if entry.group == group]
+        lost = self.entries_of(group)
         for entry in lost:
             entry.group = None
             entry.losses += 1
@@ -164,6 +176,17 @@ class Ledger:
         if self._affinity is not None:
             self._affinity.forget(group)
         return lost
+
+    def keep(self, group: int) -> list[LedgerEntry]:
+        """The group has lost a member, and not its cache: its entries, oldest first, stay."""
+        kept = self.entries_of(group)
+        for entry in kept:
+            entry.losses += 1
+        return kept
+
+    def entries_of(self, group: int) -> list[LedgerEntry]:
+        """Those in a group, oldest first."""
+        return [entry for entry in self._entries.values() if entry.group == group]
 
     def accept(self, request_id: int, position: int, token_ids: list[int]) -> int:
         """Record tokens that came back, the first of them being the `position`-th generated one.

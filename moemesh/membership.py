@@ -17,12 +17,12 @@ import math
 
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
+from moemesh.attention_groups import AttentionGroups
 from moemesh.expert_homes import ExpertHomes, Orders, count_experts
 from moemesh.membership_records import (
     TICK_SECONDS,
     Event,
     FailMesh,
-    GroupView,
     Heartbeat,
     HelloSeen,
     HostingSeen,
@@ -42,11 +42,11 @@ from moemesh.membership_records import (
     Readmit,
     ReadySeen,
     Respawn,
-    RestartGroup,
     SpawnFailed,
     Tick,
     TookOver,
     Transition,
+    UnfitSeen,
     View,
 )
 from moemesh.rank_record import RankRecord, lost_touch, suspicion, useless
@@ -76,7 +76,8 @@ class Membership:
         """Which living rank hosts what, and who loads the rest."""
         self._settings = settings
         self._ranks = [RankRecord(rank=rank) for rank in range(mesh.num_ranks)]
-        self._groups = [GroupView(generation=0, members=members) for members in mesh.groups]
+        comes_back = settings.respawn and settings.fault_tolerance
+        self._groups = AttentionGroups(mesh, self._ranks, comes_back=comes_back)
         self._epoch = 0
         self._started = False
         self._failed = False
@@ -92,7 +93,7 @@ class Membership:
     def view(self) -> View:
         """The view in force."""
         ranks = (RankView(incarnation=r.incarnation, state=r.state, reason=r.reason) for r in self._ranks)
-        return View(epoch=self._epoch, ranks=tuple(ranks), groups=tuple(self._groups))
+        return View(epoch=self._epoch, ranks=tuple(ranks), groups=self._groups.views)
 
     @property
     def started(self) -> bool:
@@ -121,7 +122,7 @@ class Membership:
     def believes_of(self, life: Life, group: int | None, generation: int) -> bool:
         """What this life says it has computed for an attention group counts. A generation that is over may have gone on
         for a while, but some of its words were not heard: what follows them must not be either."""
-        return group is not None and self._groups[group].generation == generation and self.believes(life)
+        return group is not None and self._groups.views[group].generation == generation and self.believes(life)
 
     def present(self, rank: int) -> Life:
         """The rank's present life."""
@@ -129,11 +130,12 @@ class Membership:
 
     def serving_groups(self) -> tuple[int, ...]:
         """Attention groups that can compute sequences."""
-        return tuple(
-            group
-            for group, view in enumerate(self._groups)
-            if view.members and all(self._ranks[member].living for member in view.members)
-        )
+        return self._groups.serving()
+
+    def leader(self, group: int) -> Life | None:
+        """Who schedules a group's sequences; None while the group computes nothing."""
+        members = self._groups.views[group].members
+        return self._ranks[members[0]].life if members else None
 
     def expert_hosts(self) -> tuple[int, ...]:
         """Ranks that may host experts and are not lost."""
@@ -184,6 +186,8 @@ class Membership:
                 self._kill(self._ranks[life.rank], now)
             case HostingSeen(life) if self.is_present(life):
                 self._host(self._ranks[life.rank], event, now)
+            case UnfitSeen(life, generation, error) if self.believes(life):
+                self._unfit(self._ranks[life.rank], generation, error, now)
             case SpawnFailed(life, error) if self.is_present(life):
                 self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
         return self._conclude(now)
@@ -346,8 +350,7 @@ class Membership:
             self._have_loaded(now)
         if self._changed or self._published != (self.placement.version, self.homes.orders):
             self._started = self._started or all(record.state == "up" for record in self._ranks)
-            for group, view in enumerate(self._groups):
-                self._follow(group, view)
+            self._out += self._groups.follow()
             self._epoch += 1
             self._out.append(PublishView(self.view, self.placement, self.homes.orders))
             self._changed, self._published = False, (self.placement.version, self.homes.orders)
@@ -363,15 +366,17 @@ class Membership:
             who = ", ".join(f"rank {rank} loads {share}" for rank, share in sorted(shares.items()))
             self._out.append(Note(f"{self.homes.missing} experts are on no living rank: {who}"))
 
-    def _follow(self, group: int, view: GroupView) -> None:
-        wanted = self._mesh.groups[group]
-        gone = next((member for member in wanted if self._ranks[member].state in ("dead", "joining")), None)
-        if gone is not None and view.members:
-            self._groups[group] = GroupView(generation=view.generation + 1, members=())
-            record = self._ranks[gone]
-            self._out.append(RestartGroup(group, f"{record.life}: {record.reason}"))
-        elif gone is None and not view.members:
-            self._groups[group] = GroupView(generation=view.generation + 1, members=wanted)
+    def _unfit(self, record: RankRecord, generation: int, error: str, now: float) -> None:
+        """The group begins anew; a rank that cannot be in it even then is of no use."""
+        group = self._mesh.group_of(record.rank)
+        if group is None or not self._groups.views[group].members or self._groups.views[group].generation != generation:
+            return
+        if self._groups.views[group].since == generation:
+            self._die(record, error, now)
+            self._kill(record, now)
+        else:
+            self._out.append(self._groups.restart(group, f"{record.life}: {error}"))
+            self._changed = True
 
     def _check_hope(self) -> None:
         """FailMesh when it cannot serve and nothing can change that."""

@@ -34,11 +34,13 @@ class RankView:
 class GroupView:
     """An attention group: `members`, the leader first, or () while it computes nothing.
 
-    `generation` grows exactly when the members, or the life of one of them, change.
+    `generation` grows exactly when the members, or the life of one of them, change. `since`: the generation that began
+    with an empty cache; members that were there all the time come first and have what was cached since.
     """
 
     generation: int
     members: tuple[int, ...]
+    since: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +133,15 @@ class HostingSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class UnfitSeen:
+    """The rank cannot be in its attention group as it is in that generation."""
+
+    life: Life
+    generation: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class SpawnFailed:
     """The process of a life that was to begin could not be started."""
 
@@ -153,6 +164,7 @@ Event = (
     | ProcessSeen
     | RankFailed
     | HostingSeen
+    | UnfitSeen
     | SpawnFailed
     | Tick
 )
@@ -176,6 +188,18 @@ class RestartGroup:
 
     group: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Regroup:
+    """The group goes on with other members, and its sequences with what is cached of them.
+
+    `lost`: a member was lost while it computed them; otherwise one has come.
+    """
+
+    group: int
+    reason: str
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +266,9 @@ class Note:
     text: str
 
 
-Instruction = PublishView | RestartGroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | TookOver | Note
+Instruction = (
+    PublishView | RestartGroup | Regroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | TookOver | Note
+)
 
 
 # --- settings

@@ -35,10 +35,12 @@ from moemesh.membership_records import (
     RankFailed,
     Readmit,
     ReadySeen,
+    Regroup,
     Respawn,
     RestartGroup,
     TookOver,
     Transition,
+    UnfitSeen,
     View,
 )
 from moemesh.mesh_view import MeshView
@@ -78,6 +80,10 @@ class MeshListener(Protocol):
 
     def group_lost(self, group: int, reason: str) -> None:
         """The group's sequences are to be computed again, elsewhere or when it is back."""
+
+    def group_regrouped(self, group: int, reason: str, *, lost: bool) -> None:
+        """The group's sequences go on with what is cached of them: when the view is published, the group's leader is
+        to be told them. `lost`: a member that computed them is gone."""
 
     def mesh_failed(self, reason: str) -> None:
         """The mesh can serve no longer."""
@@ -140,6 +146,8 @@ class MeshControl:
                 self.tell(RankFailed(life, error))
             case messages.Hosting(experts=experts, refused=refused, problem=problem):
                 self.tell(HostingSeen(life, experts, refused, problem))
+            case messages.Unfit(generation=generation, error=error):
+                self.tell(UnfitSeen(life, generation, error))
             case messages.PeerReport(peer=peer, incarnation=incarnation, evidence=evidence):
                 kind = PeerLost if evidence == "failed" else PeerLate
                 self.tell(kind(life, Life(peer, incarnation)))
@@ -171,7 +179,8 @@ class MeshControl:
 
     def send_leader(self, group: int, message: messages.Message) -> bool:
         """The same, to the leader of an attention group."""
-        return self.send(self.membership.present(self._mesh.groups[group][0]), message)
+        leader = self.membership.leader(group)
+        return leader is not None and self.send(leader, message)
 
     def stop_ranks(self) -> None:
         """Tell every rank to end; what happens to them from here on is no news."""
@@ -208,6 +217,8 @@ class MeshControl:
                 self._note_transition(instruction)
             case RestartGroup(group, reason):
                 self._listener.group_lost(group, reason)
+            case Regroup(group, reason, lost):
+                self._listener.group_regrouped(group, reason, lost=lost)
             case Look(life):
                 seen = self._watch.look(life)
                 if seen is not None:
@@ -235,7 +246,7 @@ class MeshControl:
             epoch=view.epoch,
             incarnations=[record.incarnation for record in view.ranks],
             states=[record.state for record in view.ranks],
-            groups=[messages.GroupMembers(group.generation, list(group.members)) for group in view.groups],
+            groups=[messages.GroupMembers(group.generation, list(group.members), group.since) for group in view.groups],
         )
         hosts = {layer: [list(ranks) for ranks in placement.hosts_of(layer)] for layer in placement.moe_layers}
         for rank in view.living():

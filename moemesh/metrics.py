@@ -50,6 +50,9 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
     "frames_sent": RankSeries("moemesh_frames_sent", "Frames this rank posted to other ranks, by kind.", "kind"),
     "bytes_sent": RankSeries("moemesh_bytes_sent", "Bytes this rank posted to other ranks."),
     "steps": RankSeries("moemesh_steps", "Forward passes that this rank took part in."),
+    "computed_tokens": RankSeries(
+        "moemesh_computed_tokens", "Tokens of prompts and answers that groups led by this rank computed, or again."
+    ),
     "busy_seconds": RankSeries("moemesh_busy_seconds", "Time in which this rank had something to do."),
     "kernel_seconds": RankSeries("moemesh_kernel_seconds", "Time of that in which its kernels computed (CPU only)."),
     "preemptions": RankSeries("moemesh_preemptions", "Sequences that gave up their cache to others."),

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,17 +16,21 @@ from gating import ExpertLoad
 from mesh_config.mesh import MeshConfig
 from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
-from moemesh.forward import Forward, ForwardPass, WholeForward, stack_layers
-from moemesh.group_member import GroupMember
+from moemesh.forward import ForwardPass, WholeForward, stack_layers
+from moemesh.group_member import Engaged, GroupMember
+from moemesh.heads import HeadLoader, Heads
 from moemesh.idle import IdleWait
+from moemesh.kept_cache import KeptCache
 from moemesh.model import RankModel
 from moemesh.overlap import OverlapRule
-from moemesh.rank_engine import ControlPort, HeartBeat, RankEngine
+from moemesh.rank_engine import ControlPort, HeartBeat, MakeMember, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
 from moemesh.take_over import TakeOver
 from transport.links import Link
 from transport.mailbox import Mailbox
+from transport.shards import owned_shards
+from transport.tasks import Steps
 from transport.trace import Trace
 
 
@@ -55,11 +61,16 @@ def build_rank(
     device: torch.device,
     idle: IdleWait,
     heart: HeartBeat,
+    head_loader: HeadLoader,
+    executor: Executor,
     make_take_over: Callable[[ExpertService], TakeOver] | None = None,
     trace: Trace | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> RankEngine:
-    """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks."""
+    """The engine of `link.rank`, with an empty cache of `mesh.num_cache_blocks` blocks.
+
+    Heads that it gets later are loaded by `executor`, one share after the other.
+    """
     config = model.config
     parts = _Parts(
         config=config,
@@ -83,7 +94,12 @@ def build_rank(
         clock=clock,
     )
     client = _client(parts) if model.attention is not None else None
-    make_member = _member_factory(parts, model, client) if client is not None else None
+    make_member = None
+    if model.attention is not None and client is not None:
+        layers = [layer.attention for layer in model.attention.layers]
+        index = link.rank % mesh.attention_tp
+        shards = owned_shards(config.num_logical_shards, mesh.attention_tp, index)
+        make_member = _member_factory(parts, model, client, Heads(layers, shards, head_loader, executor))
     return RankEngine(
         config=config,
         link=link,
@@ -96,6 +112,7 @@ def build_rank(
         placement=placement,
         make_member=make_member,
         group=mesh.group_of(link.rank),
+        members=() if make_member is None else mesh.groups[link.rank // mesh.attention_tp],
         num_blocks=mesh.num_cache_blocks or 0,
         idle=idle,
         heart=heart,
@@ -122,48 +139,51 @@ def _client(parts: _Parts) -> ExpertClient:
     )
 
 
-def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient) -> Callable[[int], GroupMember]:
+def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient, heads: Heads) -> MakeMember:
     """What a generation of the group has of its own is small; layers and the cache's memory are the rank's."""
     config, mesh, rank = parts.config, parts.mesh, parts.link.rank
-    model, group = rank_model.attention, mesh.group_of(rank)
+    model = rank_model.attention
     assert model is not None
-    assert group is not None
     assert mesh.num_cache_blocks is not None
-    members = mesh.groups[group]
     cache = LatentCache(
         num_layers=config.num_layers,
         num_blocks=mesh.num_cache_blocks,
         width=config.latent_width,
         device=parts.device,
     )
-    attention = AttentionService(
-        [layer.attention for layer in model.layers],
-        cache,
-        link=parts.link,
-        mailbox=parts.mailbox,
-        members=members,
-        num_shards=config.num_logical_shards,
-        trace=parts.trace,
-    )
-    forward: Forward
-    if mesh.num_ranks == 1 and mesh.combine == "exact":
-        forward = WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
-    else:
-        forward = ForwardPass(model, attention, client, parts.load)
+    num_shards = config.num_logical_shards
 
-    def make(generation: int) -> GroupMember:
+    def engage(members: tuple[int, ...]) -> Steps[Engaged]:
+        heads.want(owned_shards(num_shards, len(members), members.index(rank)))
+        yield heads
+        attention = AttentionService(
+            heads.layers(),
+            cache,
+            link=parts.link,
+            mailbox=parts.mailbox,
+            members=members,
+            num_shards=num_shards,
+            trace=parts.trace,
+        )
+        if mesh.num_ranks == 1 and mesh.combine == "exact":
+            return attention, WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
+        return attention, ForwardPass(model, attention, client, parts.load)
+
+    def make(generation: int, members: tuple[int, ...], *, goes_on: bool, kept: KeptCache | None) -> GroupMember:
         return GroupMember(
             members=members,
             link=parts.link,
             mailbox=parts.mailbox,
             model=model,
-            attention=attention,
-            forward=forward,
+            cache=cache,
+            engage=partial(engage, members),
             overlap=_overlap(mesh, crowded=parts.crowded),
             expand_prompts=mesh.prefill_attention == "expanded",
-            scheduler=_scheduler(mesh) if members[0] == rank else None,
+            scheduler=_scheduler(mesh) if members and members[0] == rank else None,
             generation=generation,
             clock=parts.clock,
+            kept=kept if goes_on else KeptCache(generation),
+            goes_on=goes_on,
             trace=parts.trace,
         )
 

@@ -18,9 +18,10 @@ from mesh_config.placement import Placement
 from moemesh.group_member import GroupMember
 from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
+from moemesh.kept_cache import KeptCache
 from moemesh.membership_records import LIVING
-from moemesh.sampling_params import SamplingParams
-from moemesh.sequence import Sequence, SequenceOutput
+from moemesh.request_messages import output_item, submitted_sequence
+from moemesh.sequence import SequenceOutput
 from moemesh.take_over import TakeOver
 from transport import messages
 from transport.errors import ProtocolError
@@ -60,6 +61,14 @@ class HeartBeat(Protocol):
     def begin_life(self, life: Life) -> None: ...
 
 
+class MakeMember(Protocol):
+    """Makes this rank's side of its attention group for a generation; see GroupMember."""
+
+    def __call__(
+        self, generation: int, members: tuple[int, ...], *, goes_on: bool, kept: KeptCache | None
+    ) -> GroupMember: ...
+
+
 class RankEngine:
     """Everything one rank does between Ready and Stop."""
 
@@ -75,14 +84,15 @@ class RankEngine:
         take_over: TakeOver | None,
         load: ExpertLoad,
         placement: Placement,
-        make_member: Callable[[int], GroupMember] | None,
+        make_member: MakeMember | None,
         group: int | None,
+        members: tuple[int, ...],
         num_blocks: int,
         idle: IdleWait,
         heart: HeartBeat,
         clock: Callable[[], float],
     ) -> None:
-        """`make_member` gives this rank's side of its attention group for a generation, with an empty cache."""
+        """`members` are those of this rank's attention group, if it has one."""
         self._config = config
         self._link = link
         self._mailbox = mailbox
@@ -92,7 +102,7 @@ class RankEngine:
         self._take_over = take_over
         self._load = load
         self._make_member = make_member
-        self._member = None if make_member is None else make_member(0)
+        self._member = None if make_member is None else make_member(0, members, goes_on=False, kept=None)
         self._group = group
         self._num_blocks = num_blocks
         self._idle = idle
@@ -154,6 +164,7 @@ class RankEngine:
         if self._member is not None:
             busy |= self._member.turn(may_begin=self._heart.lease_holds())
             self._send_outputs(self._member.generation, self._member.take_outputs())
+            self._report_unfit(self._member)
         return busy
 
     def announce(self) -> None:
@@ -188,6 +199,8 @@ class RankEngine:
                     )
                 case messages.View():
                     self._follow(message)
+                case messages.Regroup(generation=generation, sequences=sequences):
+                    self._resume(generation, sequences)
                 case messages.Readmit(incarnation=incarnation):
                     self._begin_life(incarnation)
                 case messages.Stop():
@@ -199,7 +212,9 @@ class RankEngine:
         return bool(received)
 
     def _follow(self, view: messages.View) -> None:
-        """What the frontend says of the mesh. A new generation of our group begins with nothing."""
+        """What the frontend says of the mesh."""
+        rank = self._link.rank
+        new_life = view.incarnations[rank] != self._incarnations[rank]
         self._incarnations = view.incarnations
         living = {rank: view.incarnations[rank] for rank, state in enumerate(view.states) if state in _MEMBERS}
         self._link_with(living)
@@ -209,15 +224,22 @@ class RankEngine:
         self._followed = news
         if self._take_over is not None:
             self._take_over.follow(self._placement.experts_of(self._link.rank), self._order)
-        if self._group is None or self._member is None or self._make_member is None:
-            return
-        generation = view.groups[self._group].generation
-        if generation == self._member.generation:
+        if self._group is not None:
+            self._regroup(view.groups[self._group], new_life=new_life)
+
+    def _regroup(self, group: messages.GroupMembers, *, new_life: bool) -> None:
+        """What we know of the cache counts in the next generation, unless that or we begin with nothing."""
+        assert self._member is not None
+        assert self._make_member is not None
+        if group.generation == self._member.generation:
             return
         self._past.update(_member_counters(self._member))
-        self._member.abandon()
-        self._member = self._make_member(generation)
-        self._mailbox.discard(generation)
+        kept = self._member.leave()
+        if new_life or kept is None or kept.generation < group.since or self._link.rank not in group.members:
+            kept = None
+        members = tuple(group.members) if self._link.rank in group.members else ()
+        self._member = self._make_member(group.generation, members, goes_on=group.since < group.generation, kept=kept)
+        self._mailbox.discard(group.generation)
         early, self._early_plans = self._early_plans, []
         for frame in early:
             self._receive_plan(frame)
@@ -234,7 +256,7 @@ class RankEngine:
                 self._linked[peer] = incarnation
 
     def _begin_life(self, incarnation: int) -> None:
-        """We had been given up. The next view begins a new generation of our group, and that drops its sequences."""
+        """We had been given up. The next view tells of a new generation of our group: what we knew of it is void."""
         logger.warning("rank %d had been given up and goes on as life %d", self._link.rank, incarnation)
         life = Life(self._link.rank, incarnation)
         self._control.begin_life(life)
@@ -246,24 +268,28 @@ class RankEngine:
         self.announce()
 
     def _submit(self, message: messages.Submit) -> None:
-        params = SamplingParams.from_wire(message.params)
-        sequence = Sequence(
-            seq_id=message.request_id,
-            prompt_ids=tuple(message.prompt),
-            params=params,
-            seed=params.seed or 0,
-            eos_ids=frozenset(self._config.eos_token_ids),
-            output_ids=list(message.generated),
-            cache_salt=message.cache_salt,
-        )
         member = self._require_member()
         try:
-            member.submit(sequence)
+            member.submit(submitted_sequence(message, self._config.eos_token_ids))
         except ValueError as error:
             refusal = messages.OutputItem(
                 request_id=message.request_id, position=0, token_ids=[], error=str(error), refused=True
             )
             self._control.send(messages.Outputs(self._link.rank, member.generation, [refusal]))
+
+    def _resume(self, generation: int, sequences: list[messages.Submit]) -> None:
+        """A later view may have come meanwhile: then there will be another one of these."""
+        member = self._require_member()
+        if member.generation == generation:
+            for sequence in sequences:
+                self._submit(sequence)
+            member.resume()
+
+    def _report_unfit(self, member: GroupMember) -> None:
+        problem = member.take_problem()
+        if problem is not None:
+            logger.error("rank %d cannot be in its attention group: %s", self._link.rank, problem)
+            self._control.send(messages.Unfit(member.generation, problem))
 
     def _require_member(self) -> GroupMember:
         if self._member is None:
@@ -317,7 +343,7 @@ class RankEngine:
 
     def _send_outputs(self, generation: int, outputs: list[SequenceOutput]) -> None:
         if outputs:
-            items = [_output_item(output) for output in outputs]
+            items = [output_item(output) for output in outputs]
             self._control.send(messages.Outputs(self._link.rank, generation, items))
 
     # --- counters
@@ -366,23 +392,8 @@ def _member_counters(member: GroupMember) -> dict[str, int]:
     counters = {"steps": member.num_steps}
     if member.scheduler is not None:
         stats = member.scheduler.stats()
+        counters["computed_tokens"] = member.num_tokens
         counters["preemptions"] = stats.num_preemptions
         counters["prefix_cache_queries"] = stats.num_prefix_queries
         counters["prefix_cache_hits"] = stats.num_prefix_hits
     return counters
-
-
-def _output_item(output: SequenceOutput) -> messages.OutputItem:
-    sampled = output.sampled
-    return messages.OutputItem(
-        request_id=output.seq_id,
-        position=output.position,
-        token_ids=[] if sampled is None else [sampled.token_id],
-        logprobs=None if sampled is None or sampled.logprob is None else [sampled.to_wire()],
-        prompt_logprobs=None
-        if output.prompt_logprobs is None
-        else [None if entry is None else entry.to_wire() for entry in output.prompt_logprobs],
-        finish_reason=output.finish_reason,
-        error=output.error,
-        cached_tokens=output.cached_tokens,
-    )

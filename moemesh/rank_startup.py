@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -19,6 +20,7 @@ from moemesh.checkpoint import Checkpoint
 from moemesh.checksums import Checksums
 from moemesh.contact import is_refused
 from moemesh.ffn_loader import FfnLoader
+from moemesh.heads import HeadLoader
 from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
@@ -131,6 +133,8 @@ def _serve(
         device=device,
         idle=idle,
         heart=heart,
+        head_loader=HeadLoader(loader.mla, checkpoint),
+        executor=ThreadPoolExecutor(1, "heads"),
         make_take_over=_take_over_maker(checkpoint, checksums, loader.ffns, place, bell),
         trace=trace,
     )

@@ -3,7 +3,7 @@
 It hands out tokens by counters (`num_computed` < `num_tokens`), so that chunked prefill, decode, recomputation after a
 pre-emption and the restart of a request are one case. The life of a sequence here:
 
-              admit              schedule
+            admit, resume        schedule
     waiting --------> running ------------> in flight --cancel--> cancelled
        ^                |  ^                    |                     |
        +----------------+  +-------apply--------+--> finished <-apply-+
@@ -20,6 +20,7 @@ from collections.abc import Sequence as SequenceOf
 
 from attention.block_pool import BlockPool
 from moemesh.cached_prefix import CachedPrefix
+from moemesh.kept_cache import KeptBlocks
 from moemesh.scheduler_entry import Draft, Entry, State, priority_of
 from moemesh.scheduler_records import SchedulerLimits, SchedulerStats
 from moemesh.sequence import Sampled, SamplingError, Sequence, SequenceOutput, validate
@@ -104,6 +105,33 @@ class Scheduler:
         self._num_added += 1
         self._entries[sequence.seq_id] = entry
         insort(self._waiting, entry, key=priority_of)
+
+    def lengths(self) -> dict[int, int]:
+        """The tokens of each sequence, by id."""
+        return {seq_id: entry.sequence.num_tokens for seq_id, entry in self._entries.items()}
+
+    def resume(self, kept: Mapping[int, KeptBlocks]) -> list[Sequence]:
+        """Let sequences just added go on from what the cache has of them; before anything is scheduled.
+
+        Gives those that do; the others begin anew. Of no sequence more is kept than all but its last token,
+        because its logits are needed, and nothing of one whose prompt is scored: the scores so far are lost.
+        """
+        resumed = []
+        for entry in self._waiting:
+            sequence, blocks = entry.sequence, kept.get(entry.sequence.seq_id)
+            num_computed = 0 if blocks is None else min(blocks.num_computed, sequence.num_tokens - 1)
+            if blocks is not None and num_computed and not entry.wants_prompt_logprobs:
+                sequence.num_computed = num_computed
+                sequence.block_table += blocks.block_ids[: self._pool.blocks_for(sequence.num_tokens)]
+                resumed.append(entry)
+        self._pool.claim([block for entry in resumed for block in entry.sequence.block_table])
+        for entry in resumed:
+            entry.prefix.resume()
+            entry.num_cached = 0
+            entry.state = State.RUNNING
+            self._waiting.remove(entry)
+            insort(self._running, entry, key=priority_of)
+        return [entry.sequence for entry in resumed]
 
     def cancel(self, seq_id: int) -> bool:
         """Forget a sequence; it gives no further output. False if it is not known (it may just have finished).
@@ -203,8 +231,6 @@ class Scheduler:
             self._waiting.remove(entry)
             insort(self._running, entry, key=priority_of)
             entry.state = State.RUNNING
-            entry.num_tokens_told = entry.sequence.num_tokens
-            draft.admitted.append(AdmittedSequence.of(entry.sequence))
             self._plan_chunk(draft, entry)
 
     def _give_blocks(self, entry: Entry, cached: list[int]) -> bool:
@@ -256,6 +282,9 @@ class Scheduler:
         count = min(num_tokens - start, draft.budget)
         reaches_end = start + count == num_tokens
         logprob_start, logprob_stop = entry.wanted_prompt_logprobs(start, start + count)
+        if not entry.told:
+            draft.admitted.append(AdmittedSequence.of(sequence))
+            entry.told, entry.num_tokens_told = True, num_tokens
         draft.items.append(
             ScheduledSequence(
                 seq_id=sequence.seq_id,
@@ -356,5 +385,6 @@ class Scheduler:
         """The blocks of an admitted sequence are free; the mirrors drop it with the next plan."""
         self._pool.free(entry.sequence.block_table)
         entry.sequence.block_table.clear()
-        entry.num_blocks_told = 0
-        self._released.append(entry.sequence.seq_id)
+        if entry.told:
+            self._released.append(entry.sequence.seq_id)
+        entry.told, entry.num_blocks_told = False, 0

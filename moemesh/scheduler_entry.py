@@ -21,7 +21,7 @@ class State(Enum):
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Entry:
-    """A sequence and what only the scheduler knows of it. `num_*_told`: how much of it the mirrors have been told.
+    """A sequence and what only the scheduler knows of it. `told`: the mirrors know it, `num_*_told`: so much of it.
 
     `num_cached`: how much of the sequence the prefix cache had when it was first admitted; None until then.
     """
@@ -32,6 +32,7 @@ class Entry:
     max_blocks: int
     wants_prompt_logprobs: bool
     state: State = State.WAITING
+    told: bool = False
     num_blocks_told: int = 0
     num_tokens_told: int = 0
     num_cached: int | None = None

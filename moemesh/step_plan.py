@@ -138,6 +138,12 @@ class PlanMirror:
 
     def __init__(self) -> None:
         self._sequences: dict[int, Sequence] = {}
+        self._last: StepPlan | None = None
+
+    @property
+    def last(self) -> StepPlan | None:
+        """The plan followed last."""
+        return self._last
 
     @property
     def sequences(self) -> Mapping[int, Sequence]:
@@ -163,6 +169,7 @@ class PlanMirror:
             )
         for item in plan.items:
             self._extend(item, self._known(item.seq_id, plan), plan)
+        self._last = plan
 
     def _known(self, seq_id: int, plan: StepPlan) -> Sequence:
         if seq_id not in self._sequences:

@@ -80,6 +80,10 @@ class Kind(IntEnum):
     """The rank does not host an expert it was asked for; `placement_version` says what it knows."""
     PROBE = 8
     """Asks for an acknowledgement of the number it bears, which is that of the last frame before it."""
+    KEPT = 9
+    """What a member of a group knows of its cache, when the group goes on with other members."""
+    CACHE = 10
+    """Blocks of the cache, for a member that has none."""
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -62,10 +62,15 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class GroupMembers:
-    """An attention group: its members, the leader first; none while it computes nothing."""
+    """An attention group: its members, the leader first; none while it computes nothing.
+
+    `since`: the generation that began with an empty cache. If that is an earlier one, the sequences of this one, which
+    `Regroup` brings, go on with what the members have cached since.
+    """
 
     generation: int
     members: list[int]
+    since: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,14 @@ class Readmit:
     """To a rank that was fenced and is alive: drop all sequences and go on as `incarnation`."""
 
     incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Regroup:
+    """To the leader of a group that goes on with other members: all sequences that it has in this generation."""
+
+    generation: int
+    sequences: list[Submit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +223,14 @@ class Hosting:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """The rank cannot be in its attention group as the view has it."""
+
+    generation: int
+    error: str
+
+
 Message = (
     Start
     | Submit
@@ -229,6 +250,8 @@ Message = (
     | PeerReport
     | Place
     | Hosting
+    | Regroup
+    | Unfit
 )
 
 _TYPES: tuple[type[Any], ...] = get_args(Message)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.end_to_end.harness import ANSWER_SECONDS, SMALL_CACHE, Mesh, eventually, running_server, serving
 from tests.end_to_end.probes import substance
@@ -101,3 +102,42 @@ def test_without_respawn_the_only_rank_is_the_mesh() -> None:
         assert mesh.process.wait(ANSWER_SECONDS) == 1
         assert "the mesh has failed: rank 0, with" in mesh.log
         mesh.wait_gone()
+
+
+@pytest.mark.parametrize(("tp", "victims"), [(2, (0,)), (4, (2, 0, 3))])
+def test_an_attention_group_goes_on_without_the_ranks_that_are_killed(tp: int, victims: tuple[int, ...]) -> None:
+    """Until one is left. No prompt is computed twice, and no token but those of steps that were under way."""
+    shape = ("--ranks", f"{tp + 1}", "--attention-ranks", f"{tp}", "--attention-tp", f"{tp}", "--respawn", "off")
+    with running_server(*shape, *SMALL_CACHE, "--no-enable-prefix-caching") as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        for number, victim in enumerate(victims, start=1):
+            assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, victim).kill) == expected
+            (group,) = mesh.get("/mesh").body["groups"]
+            left = [rank for rank in range(tp) if rank not in victims[:number]]
+            assert (group["generation"], group["members"]) == (number, left)
+            assert mesh.get("/health").body["degraded"] is True
+        assert mesh.total("moemesh_request_restarts_total") == 0
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        once = sum(len(request["prompt"]) + request["max_tokens"] - 1 for request in REQUESTS)
+        most = once * (1 + len(victims)) + 2 * len(REQUESTS) * len(victims)
+        assert mesh.total("moemesh_computed_tokens_total") <= most, "hardly anything was computed again"
+
+
+def test_a_member_of_an_attention_group_is_stopped_and_comes_back() -> None:
+    """It gets the cache, and carries it on when the others are gone."""
+    shape = ("--ranks", "3", "--attention-ranks", "2", "--attention-tp", "2", "--stop-grace", "180")
+    with running_server(*shape, *SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+
+        def stop_and_let_come_back() -> None:
+            process = process_of(mesh, 0)
+            process.suspend()
+            eventually(lambda: rank_of(mesh, 0)["state"] == "dead", what="it is given up")
+            process.resume()
+            members = [1, 0]
+            eventually(lambda: mesh.get("/mesh").body["groups"][0]["members"] == members, what="it is back")
+
+        assert answers_with(mesh, REQUESTS, when_they_run=stop_and_let_come_back) == expected
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).kill) == expected
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        assert mesh.total("moemesh_request_restarts_total") == 0

@@ -81,16 +81,17 @@ async def loading(
     num_ranks: int = 1,
     *,
     attention_ranks: int | None = None,
+    attention_tp: int = 1,
     queue_timeout: float | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[Controller, FakeRanks]]:
-    """A mesh of ranks that have not said anything yet, each an attention group of its own."""
+    """A mesh of ranks that have not said anything yet."""
     model = model_config()
     mesh = make_mesh(
         model,
         num_ranks=num_ranks,
         attention_ranks=attention_ranks,
-        attention_tp=1,
+        attention_tp=attention_tp,
         max_model_len=512,
         num_cache_blocks=BLOCKS,
     )

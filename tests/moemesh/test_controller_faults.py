@@ -234,3 +234,61 @@ def test_hearts_are_answered_and_who_was_given_up_is_readmitted() -> None:
             assert controller.mesh()["ranks"][0]["incarnation"] == 1
 
     run(check())
+
+
+def regroups(ranks: FakeRanks) -> list[tuple[int, int, list[tuple[int, list[int]]]]]:
+    """(rank, generation, [(request, tokens so far)]) of what leaders were told."""
+    sent = [(life.rank, message) for life, message in ranks.sent if isinstance(message, messages.Regroup)]
+    return [(rank, told.generation, [(s.request_id, s.generated) for s in told.sequences]) for rank, told in sent]
+
+
+def test_the_rest_of_a_group_goes_on_with_its_requests() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2, attention_tp=2) as (controller, ranks):
+            asked = [await started(collect(controller, request(max_tokens=4))) for _ in range(2)]
+            await ranks.say(tokens(1, 2, 20, 21), by=Life(0))
+            await ranks.say(FAILED)
+            assert regroups(ranks) == [(1, 1, [(1, [20, 21]), (2, [])])]
+            assert len(submits(ranks)) == 2
+            order = [type(message) for life, message in ranks.sent if life == Life(1)]
+            assert order.index(messages.Regroup) > order.index(messages.View), "it knows its generation"
+            late = tokens(1, 2, 30), tokens(1, 3, 21, 22, generation=1)
+            await ranks.say(*late, tokens(1, 5, 23, finish_reason="length", generation=1), by=Life(1))
+            assert [token for output in await asked[0] for token in output.token_ids] == [20, 21, 22, 23]
+            asked[1].cancel()
+            await asyncio.wait(asked)
+            assert (Life(1), messages.Cancel(request_id=2)) in ranks.sent
+
+    run(check())
+
+
+def test_a_leader_that_cannot_be_told_is_told_later_and_gets_nothing_else() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2, attention_tp=2) as (controller, ranks):
+            asked = [await started(collect(controller, request(max_tokens=4)))]
+            ranks.full = True
+            await ranks.say(FAILED)
+            asked.append(await started(collect(controller, request(max_tokens=4))))
+            assert not regroups(ranks)
+            ranks.full = False
+            while not regroups(ranks):
+                await asyncio.sleep(0)
+            assert regroups(ranks) == [(1, 1, [(1, [])])]
+            assert submits(ranks)[1:] == [(1, 2, [])]
+            for one in asked:
+                one.cancel()
+
+    run(check())
+
+
+def test_a_request_that_seems_to_kill_one_member_after_the_other_ends() -> None:
+    async def check() -> None:
+        async with ready(5, attention_ranks=4, attention_tp=4) as (controller, ranks):
+            asked = await started(collect(controller, request()))
+            for rank in range(3):
+                await ranks.say(messages.Failed(rank=rank, error="boom"))
+            with pytest.raises(EngineFailed, match=r"each of the last 3 failures: rank 2: boom"):
+                await asked
+            assert regroups(ranks)[-1] == (3, 3, [])
+
+    run(check())

@@ -27,11 +27,13 @@ from moemesh.membership_records import (
     RankFailed,
     Readmit,
     ReadySeen,
+    Regroup,
     Respawn,
     RestartGroup,
     SpawnFailed,
     Tick,
     Transition,
+    UnfitSeen,
 )
 from transport.life import Life
 
@@ -43,7 +45,10 @@ class Story(RuleBasedStateMachine):
     """Events of present, past and future lives in any order, with time passing in between."""
 
     @initialize(
-        tp=st.sampled_from([1, 2]), respawn=st.booleans(), grace=st.sampled_from([0.0, 1.0, 15.0]), ready=st.booleans()
+        tp=st.sampled_from([1, 2, 4]),
+        respawn=st.booleans(),
+        grace=st.sampled_from([0.0, 1.0, 15.0]),
+        ready=st.booleans(),
     )
     def begin(self, tp: int, respawn: bool, grace: float, ready: bool) -> None:
         mesh = MeshConfig(num_ranks=RANKS, attention_ranks=4, attention_tp=tp, max_model_len=64)
@@ -95,9 +100,16 @@ class Story(RuleBasedStateMachine):
                 case FailMesh():
                     self.failures += 1
         restarted = {instruction.group for instruction in out if isinstance(instruction, RestartGroup)}
+        regrouped = {instruction.group for instruction in out if isinstance(instruction, Regroup)}
+        assert not restarted & regrouped
         for group, (before, after) in enumerate(zip(self.groups, self.membership.view.groups, strict=True)):
-            assert (group in restarted) == (bool(before.members) and not after.members)
-            assert after.generation - before.generation == int(before.members != after.members)
+            assert (after.generation > before.generation) == (before != after)
+            assert (group in regrouped) == (before.generation != after.generation and before.since == after.since)
+            assert (group in restarted) == (bool(before.members) and before.since != after.since)
+            if group in regrouped:
+                kept = [member for member in before.members if member in after.members]
+                assert after.members[: len(kept)] == tuple(kept), "whoever has the cache leads"
+                assert kept
         self.groups = list(self.membership.view.groups)
 
     def check_new(self, life: Life) -> None:
@@ -117,6 +129,12 @@ class Story(RuleBasedStateMachine):
     @rule(rank=ranks, offset=offsets, kind=st.sampled_from([RankFailed, SpawnFailed]))
     def fails(self, rank: int, offset: int, kind: type[RankFailed] | type[SpawnFailed]) -> None:
         self.tell(kind(self.life(rank, offset), "no reason"))
+
+    @rule(rank=ranks, offset=offsets, back=st.integers(0, 1))
+    def is_unfit(self, rank: int, offset: int, back: int) -> None:
+        groups = self.membership.view.groups
+        generation = groups[min(rank // (4 // len(groups)), len(groups) - 1)].generation
+        self.tell(UnfitSeen(self.life(rank, offset), generation - back, "no memory"))
 
     @rule(rank=ranks, offset=offsets, experts=st.sets(st.integers(0, 3)), refused=st.sets(st.integers(0, 3)))
     def hosts(self, rank: int, offset: int, experts: set[int], refused: set[int]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mesh_config import MeshConfig, load_model_config, make_mesh
 from mesh_config.model_shape import Quantization
 from moemesh.checkpoint import Checkpoint
+from moemesh.heads import HeadLoader
 from moemesh.heart import StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of
@@ -28,6 +30,19 @@ from transport.local_link import LocalNetwork
 
 CPU = torch.device("cpu")
 MAX_TURNS = 200_000
+T = TypeVar("T")
+
+
+class Inline(Executor):
+    """Does everything at once, in the thread that asks for it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 class LocalControl:
@@ -117,9 +132,14 @@ class LocalMesh:
                     device=CPU,
                     idle=idle,
                     heart=StillHeart(),
+                    head_loader=HeadLoader(loader.mla, checkpoint),
+                    executor=Inline(),
                 )
             )
         self.results: dict[int, Result] = {}
+        self.submitted: dict[int, messages.Submit] = {}
+        self.num_replayed = 0
+        self.incarnations: dict[int, int] = {}
 
     def submit(
         self,
@@ -140,6 +160,7 @@ class LocalMesh:
             generated=list(generated),
             cache_salt=salt,
         )
+        self.submitted[request_id] = message
         self.controls[self.mesh.groups[group][0]].inbox.append(message)
         return request_id
 
@@ -150,6 +171,36 @@ class LocalMesh:
         """The rank does nothing more, and its peers learn of it."""
         self._dead.add(rank)
         self._network.kill(rank, noticed_after=0.0)
+
+    def stop(self, rank: int) -> None:
+        """The rank does nothing, and nobody is told."""
+        self._dead.add(rank)
+
+    def readmit(self, rank: int) -> None:
+        """A rank that was stopped, and given up by the others, goes on as another life; a view is to follow."""
+        self._dead.discard(rank)
+        self.incarnations[rank] = self.incarnations.get(rank, 0) + 1
+        self.controls[rank].inbox.append(messages.Readmit(incarnation=self.incarnations[rank]))
+
+    def regroup(self, *, generation: int, members: Sequence[int], lost_tokens: int = 0) -> None:
+        """Say that group 0 goes on with these members, and with its requests, of which the last tokens may be lost."""
+        states = ["dead" if rank in self._dead else "up" for rank in range(self.mesh.num_ranks)]
+        groups = [messages.GroupMembers(generation, list(members), 0)]
+        groups += [messages.GroupMembers(0, list(others), 0) for others in self.mesh.groups[1:]]
+        incarnations = [self.incarnations.get(rank, 0) for rank in range(self.mesh.num_ranks)]
+        news = messages.View(epoch=generation, incarnations=incarnations, states=states, groups=groups)
+        for rank, control in enumerate(self.controls):
+            if rank not in self._dead:
+                control.inbox.append(news)
+        open_ones = {request: result for request, result in self.results.items() if not result.ended}
+        if lost_tokens:
+            for result in open_ones.values():
+                del result.tokens[-lost_tokens:], result.logprobs[-lost_tokens:]
+        going_on = [
+            replace(self.submitted[request], generated=self.submitted[request].generated + result.tokens)
+            for request, result in open_ones.items()
+        ]
+        self.controls[members[0]].inbox.append(messages.Regroup(generation, going_on))
 
     def turn(self) -> bool:
         """Every living engine has a turn; whether any had something to do."""
@@ -194,10 +245,19 @@ class LocalMesh:
         return self.links[rank].stats().frames_sent
 
     def _take(self, item: messages.OutputItem) -> None:
-        result = self.results[item.request_id]
+        result, submitted = self.results[item.request_id], self.submitted[item.request_id]
+        known = 0
+        if item.error is None:
+            position = item.position - len(submitted.prompt) - len(submitted.generated)
+            known = len(result.tokens) - position
+            assert known >= 0, f"request {item.request_id} has {len(result.tokens)} tokens and got {item}"
+            assert item.token_ids[:known] == result.tokens[position : position + len(item.token_ids)], "a wrong replay"
+            if known and known >= len(item.token_ids):
+                self.num_replayed += len(item.token_ids)
+                return
         assert not result.ended, f"request {item.request_id} had ended and got {item}"
-        result.tokens += item.token_ids
-        result.logprobs += item.logprobs or []
+        result.tokens += item.token_ids[known:]
+        result.logprobs += (item.logprobs or [])[known:]
         if item.prompt_logprobs is not None:
             assert result.prompt_logprobs is None, "prompt log-probabilities came twice"
             result.prompt_logprobs = item.prompt_logprobs
