@@ -24,7 +24,7 @@ from kernels.runtime import (
     num_threads,
     set_num_threads,
 )
-from kernels.sampling import sample, sample_rows, score
+from kernels.sampling import RowSampler, sample, score
 from kernels.slots import SlotPlan, plan_slots
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "PackedLinear",
     "Room",
     "RoutedExperts",
+    "RowSampler",
     "SlotPlan",
     "Span",
     "TokenScore",
@@ -84,7 +85,6 @@ __all__ = [
     "route",
     "run_layers",
     "sample",
-    "sample_rows",
     "score",
     "set_num_threads",
     "tree_add",

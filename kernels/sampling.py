@@ -32,43 +32,45 @@ def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     return tokens.tolist()
 
 
-def sample_rows(
-    x_TK: torch.Tensor,
-    rows: Sequence[int],
-    norm_K: torch.Tensor,
-    packed: PackedLinear,
-    draws: Sequence[Draw],
-    *,
-    eps: float,
-    out: torch.Tensor,
-) -> list[int]:
-    """`normed_linear` of some rows of x, put into `out`, and `sample` of the first len(draws) of them; the same bits.
-
-    Raises ValueError on a row that is not there (native only).
+class RowSampler:
+    """Makes of hidden states x [T, K], T = `num_rows`, `normed_linear` of some rows, put into `out`, and `sample` of
+    the first len(draws) of these; the same bits. What does not need x is done at once, while x is still to be computed.
     """
-    if packed.matrix is None:
-        logits_RV = normed_linear(x_TK, rows, norm_K, packed, eps=eps, out=out)
-        return sample(logits_RV[: len(draws)], draws)
-    require(x_TK, "x", (None, packed.num_in))
-    require(norm_K, "norm", (packed.num_in,))
-    require(out, "out", (len(rows), packed.num_out))
-    if len(draws) > len(rows):
-        raise ValueError(f"{len(draws)} tokens are to be drawn from {len(rows)} rows")
-    index, drawn, tokens = array("q", rows), _pack(draws), array("q", bytes(8 * len(draws)))
-    native.sample_rows(
-        packed.address,
-        x_TK.data_ptr(),
-        index.buffer_info()[0],
-        len(rows),
-        x_TK.shape[0],
-        norm_K.data_ptr(),
-        eps,
-        out.data_ptr(),
-        drawn.buffer_info()[0],
-        len(draws),
-        tokens.buffer_info()[0],
-    )
-    return tokens.tolist()
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        norm_K: torch.Tensor,
+        packed: PackedLinear,
+        draws: Sequence[Draw],
+        *,
+        num_rows: int,
+        eps: float,
+        out: torch.Tensor,
+    ) -> None:
+        if len(draws) > len(rows):
+            raise ValueError(f"{len(draws)} tokens are to be drawn from {len(rows)} rows")
+        require(norm_K, "norm", (packed.num_in,))
+        require(out, "out", (len(rows), packed.num_out))
+        self._rows, self._norm_K, self._packed, self._draws = rows, norm_K, packed, draws
+        self._eps, self._out = eps, out
+        self._shape_x = num_rows, packed.num_in
+        if packed.matrix is None:
+            return
+        self._index, self._drawn, self._tokens = array("q", rows), _pack(draws), array("q", bytes(8 * len(draws)))
+        drawn_at, tokens_at = self._drawn.buffer_info()[0], self._tokens.buffer_info()[0]
+        places = *self._index.buffer_info(), num_rows
+        self._words = *places, norm_K.data_ptr(), eps, out.data_ptr(), drawn_at, len(draws), tokens_at
+
+    def run(self, x_TK: torch.Tensor) -> list[int]:
+        """The tokens, as `sample` gives them. Raises ValueError on a row that is not there (native only)."""
+        packed = self._packed
+        require(x_TK, "x", self._shape_x)
+        if packed.matrix is None:
+            logits_RV = normed_linear(x_TK, self._rows, self._norm_K, packed, eps=self._eps, out=self._out)
+            return sample(logits_RV[: len(self._draws)], self._draws)
+        native.sample_rows(packed.address, x_TK.data_ptr(), *self._words)
+        return self._tokens.tolist()
 
 
 def _pack(draws: Sequence[Draw]) -> array[int]:

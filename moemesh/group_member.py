@@ -175,7 +175,9 @@ class GroupMember:
             plan = self.scheduler.schedule() or self.scheduler.release_plan()
             if plan is None:
                 return False
-            plan = replace(plan, micro_batches=self._overlap.num_parts(plan.num_tokens))
+            parts = self._overlap.num_parts(plan.num_tokens)
+            if parts != plan.micro_batches:
+                plan = replace(plan, micro_batches=parts)
             self._broadcast(plan)
         elif self._plans:
             plan = self._plans.popleft()
@@ -220,12 +222,13 @@ class GroupMember:
         lap = None if self._trace is None else self._trace.start(batch.index, step=step)
         assert self._engaged is not None
         attention, forward = self._engaged
+        start, stop = attention.owned_rows(batch.attention.num_rows)
+        owned = [row for row in batch.logits_rows if start <= row.row < stop]
+        head_calls = self._head.prepare((start, stop), owned)
         x_OH = yield from forward.run(batch, generation=self.generation, step=step)
         if lap:
             lap("layers")
-        start, stop = attention.owned_rows(batch.attention.num_rows)
-        owned = [row for row in batch.logits_rows if start <= row.row < stop]
-        results = self._head.evaluate(x_OH, start, owned)
+        results = self._head.evaluate(x_OH, head_calls)
         leader = self._members[0]
         if owned and leader != self._link.rank:
             header = Header(

@@ -62,6 +62,16 @@ def _entry_from_wire(wire: Any) -> Sampled | SamplingError:
     return SamplingError(reason=wire) if isinstance(wire, str) else Sampled.from_wire(wire)
 
 
+@dataclass(kw_only=True)
+class HeadCall:
+    """Rows that want logits, those that are sampled first, and what makes both of the hidden states."""
+
+    rows: list[LogitsRow]
+    samples: list[SampleRow]
+    logits_RV: Tensor
+    sampler: kernels.RowSampler
+
+
 class Head:
     """Logits, and what comes of them, for the rows of one member. It owns the memory that the logits are put into."""
 
@@ -70,26 +80,35 @@ class Head:
         self._most = max(1, MAX_LOGITS // model.config.vocab_size)
         self._room = kernels.Room(model.config.vocab_size, model.final_norm.device)
 
-    def evaluate(self, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow]) -> RowResults:
-        """Head and sampling for `rows`, all of them owned here; `x_OH` starts at row `first_row` of the micro-batch."""
-        results = RowResults()
-        for start in range(0, len(rows), self._most):
-            self._evaluate(x_OH, first_row, rows[start : start + self._most], results)
-        return results
+    def prepare(self, owned: tuple[int, int], rows: SequenceOf[LogitsRow]) -> list[HeadCall]:
+        """Head and sampling for `rows` before there are hidden states, which will be those of the micro-batch's rows
+        from owned[0] up to owned[1]."""
+        # Before the layers and not after: they push everything out of the processor's caches, and Python with it.
+        return [self._prepare(owned, rows[i : i + self._most]) for i in range(0, len(rows), self._most)]
 
-    def _evaluate(self, x_OH: Tensor, first_row: int, rows: SequenceOf[LogitsRow], results: RowResults) -> None:
-        """Add what the rows give to `results`."""
-        sampled = [row for row in rows if row.sample]
-        ordered = [*sampled, *(row for row in rows if not row.sample)]
-        sample_rows = [SampleRow(row.sequence, row.position + 1) for row in sampled]
+    def _prepare(self, owned: tuple[int, int], rows: SequenceOf[LogitsRow]) -> HeadCall:
+        ordered = [row for row in rows if row.sample]
+        samples = [SampleRow(row.sequence, row.position + 1) for row in ordered]
+        if len(ordered) < len(rows):
+            ordered += [row for row in rows if not row.sample]
         logits_RV = self._room.rows(len(rows))
-        places, draws = [row.row - first_row for row in ordered], draws_of(sample_rows, logits_RV.shape[1])
-        tokens = self._model.sample(x_OH, places, draws, out=logits_RV)
-        for row, result in zip(sampled, describe_samples(tokens, logits_RV, sample_rows), strict=True):
-            results.sampled[row.sequence.seq_id] = result
-        scored = [(row.row, i) for i, row in enumerate(ordered) if row.score_prompt]
-        if scored:
-            _score(logits_RV, ordered, [i for _, i in sorted(scored)], results)
+        draws = draws_of(samples, self._model.config.vocab_size)
+        start, stop = owned
+        places = [row.row - start for row in ordered]
+        sampler = self._model.sampler(places, draws, num_rows=stop - start, out=logits_RV)
+        return HeadCall(rows=ordered, samples=samples, logits_RV=logits_RV, sampler=sampler)
+
+    def evaluate(self, x_OH: Tensor, calls: SequenceOf[HeadCall]) -> RowResults:
+        """What the rows of `calls` give."""
+        results = RowResults()
+        for call in calls:
+            tokens = call.sampler.run(x_OH)
+            for row, result in zip(call.samples, describe_samples(tokens, call.logits_RV, call.samples), strict=True):
+                results.sampled[row.sequence.seq_id] = result
+            scored = [(row.row, i) for i, row in enumerate(call.rows) if row.score_prompt]
+            if scored:
+                _score(call.logits_RV, call.rows, [i for _, i in sorted(scored)], results)
+        return results
 
 
 def _score(logits_RV: Tensor, rows: SequenceOf[LogitsRow], scored: list[int], results: RowResults) -> None:

@@ -46,11 +46,13 @@ class AttentionModel:
         """Rows float32 [T, H] of int32 ids."""
         return kernels.embed(self.embedding_VH, token_ids)
 
-    def sample(self, x_TH: Tensor, rows: Sequence[int], draws: Sequence[kernels.Draw], *, out: Tensor) -> list[int]:
-        """Logits float32 [R, V] of some rows of the hidden states after the last layer, put into `out`; tokens of the
-        first len(draws) of them, as `kernels.sample` gives them."""
+    def sampler(
+        self, rows: Sequence[int], draws: Sequence[kernels.Draw], *, num_rows: int, out: Tensor
+    ) -> kernels.RowSampler:
+        """Of some of `num_rows` rows of hidden states after the last layer: logits float32 [R, V] go into `out`, and
+        the first len(draws) of them give tokens."""
         eps = self.config.rms_norm_eps
-        return kernels.sample_rows(x_TH, rows, self.final_norm, self.head, draws, eps=eps, out=out)
+        return kernels.RowSampler(rows, self.final_norm, self.head, draws, num_rows=num_rows, eps=eps, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,16 +52,18 @@ def describe_samples(
     A row whose logits are not all finite, or whose tokens are all masked, gets a SamplingError; the other rows do not
     notice.
     """
-    vocab_size = logits_RV.shape[1]
     results: list[Sampled | SamplingError] = []
-    for token_id, row in zip(tokens, rows, strict=True):
+    wanted: list[int] = []
+    for i, (token_id, row) in enumerate(zip(tokens, rows, strict=True)):
+        params = row.sequence.params
         if token_id < 0:
             results.append(_ERRORS[token_id])
-        elif row.sequence.params.logit_bias and (outside := _biased_outside(row.sequence.params, vocab_size)):
+        elif params.logit_bias and (outside := _biased_outside(params, logits_RV.shape[1])):
             results.append(outside)
         else:
             results.append(Sampled(token_id=token_id))
-    wanted = [i for i, row in enumerate(rows) if row.sequence.params.logprobs is not None]
+            if params.logprobs is not None:
+                wanted.append(i)
     if wanted:
         _add_logprobs(results, logits_RV, rows, wanted)
     return results
@@ -117,12 +119,10 @@ def _add_logprobs(
     wanted: SequenceOf[int],
 ) -> None:
     """Replace the tokens of the rows at `wanted` by ones that have their log-probabilities."""
-    sampled = [(i, result.token_id) for i in wanted if isinstance(result := results[i], Sampled)]
-    indices = [i for i, _ in sampled]
-    token_ids = [token_id for _, token_id in sampled]
-    chosen_RV = logits_RV if len(indices) == logits_RV.shape[0] else logits_RV[indices]
-    scores = kernels.score(chosen_RV, token_ids, [rows[i].sequence.params.logprobs or 0 for i in indices])
-    for (i, token_id), score in zip(sampled, scores, strict=True):
+    token_ids = [result.token_id for i in wanted if isinstance(result := results[i], Sampled)]
+    chosen_RV = logits_RV if len(wanted) == logits_RV.shape[0] else logits_RV[wanted]
+    scores = kernels.score(chosen_RV, token_ids, [rows[i].sequence.params.logprobs or 0 for i in wanted])
+    for i, token_id, score in zip(wanted, token_ids, scores, strict=True):
         assert score is not None, "a token was sampled from logits that are not finite"
         results[i] = _scored(token_id, score)
 

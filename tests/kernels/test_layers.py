@@ -148,7 +148,7 @@ def test_head_and_sampling_in_one_call_are_both_to_the_bit(num_drawn: int) -> No
     ]
     drawn = [*draws, kernels.BEST][:num_drawn]
     want = kernels.normed_linear(x, rows, weight, head, eps=EPS)
-    tokens = kernels.sample_rows(x, rows, weight, head, drawn, eps=EPS, out=out)
+    tokens = kernels.RowSampler(rows, weight, head, drawn, num_rows=9, eps=EPS, out=out).run(x)
     assert torch.equal(out, want)
     assert tokens == kernels.sample(want[:num_drawn], drawn)
 
@@ -159,9 +159,9 @@ def test_a_row_without_hidden_state_is_refused() -> None:
     with pytest.raises(ValueError, match="outside the rows"):
         kernels.normed_linear(x, [2], normal(8), head, eps=EPS)
     with pytest.raises(ValueError, match="outside the rows"):
-        kernels.sample_rows(x, [2], normal(8), head, [kernels.BEST], eps=EPS, out=normal(1, 5))
+        kernels.RowSampler([2], normal(8), head, [kernels.BEST], num_rows=2, eps=EPS, out=normal(1, 5)).run(x)
     with pytest.raises(ValueError, match="2 tokens are to be drawn from 1 rows"):
-        kernels.sample_rows(x, [1], normal(8), head, [kernels.BEST] * 2, eps=EPS, out=normal(1, 5))
+        kernels.RowSampler([1], normal(8), head, [kernels.BEST] * 2, num_rows=2, eps=EPS, out=normal(1, 5))
 
 
 def test_room_keeps_its_memory() -> None:
