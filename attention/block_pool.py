@@ -8,6 +8,8 @@ Pure bookkeeping, no tensors, no time. The life of a block:
       |                  |                                   share                 |
       +--free by owner---+                                                         |
       +----------------------- evicted by allocate, the least recently used -------+
+
+`withdraw` leads from "owned, cached" back to "owned".
 """
 
 from __future__ import annotations
@@ -87,6 +89,14 @@ class BlockPool:
         if name not in self._block_of:
             self._block_of[name] = block
             self._name_of[block] = name
+
+    def withdraw(self, blocks: Sequence[int]) -> None:
+        """What these blocks of the caller's hold is not to be found any more, whoever has published it."""
+        for block in blocks:
+            self._check_in_use(block, "withdrawn", blocks)
+            name = self._name_of.pop(block, None)
+            if name is not None:
+                del self._block_of[name]
 
     def find(self, names: Sequence[bytes]) -> list[int]:
         """The blocks of the longest run of `names`, from the first on, that are cached. Changes nothing."""

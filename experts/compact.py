@@ -22,8 +22,10 @@ def weighted_rows(answer_SH: Tensor, call: ExpertCall, weights_S: Tensor) -> Ten
     first = np.cumsum(counts) - counts
     column = np.arange(order.size) - np.repeat(first, counts)
     width = int(counts.max(initial=1))
-    # A row with fewer slots is padded with slot 0 at weight 0.
-    index = np.zeros((num_rows, width), dtype=np.int32)
+    # A row with fewer slots is padded with a slot of its own at weight 0: another row's may not be finite.
+    own = np.zeros(num_rows, dtype=np.int32)
+    own[slot_row] = np.arange(slot_row.size)
+    index = np.repeat(own[:, None], width, axis=1)
     weights = np.zeros((num_rows, width), dtype=np.float32)
     index[slot_row[order], column] = order
     weights[slot_row[order], column] = weights_S.cpu().numpy()[order]
@@ -33,9 +35,9 @@ def weighted_rows(answer_SH: Tensor, call: ExpertCall, weights_S: Tensor) -> Ten
 
 def compact_index(dispatch: Dispatch) -> tuple[Tensor, Tensor]:
     """Row of each (token, destination) in the answers concatenated by ascending rank, int32 [T, D], and its weight:
-    1 where the token went there, 0 (and row 0) where it did not."""
+    1 where the token went there, 0 (and a row of its own, for another's may not be finite) where it did not."""
     destinations = dispatch.destinations
-    index = np.zeros((dispatch.num_tokens, len(destinations)), dtype=np.int32)
+    index = np.full((dispatch.num_tokens, len(destinations)), -1, dtype=np.int32)
     weights = np.zeros((dispatch.num_tokens, len(destinations)), dtype=np.float32)
     start = 0
     for column, rank in enumerate(destinations):
@@ -43,4 +45,5 @@ def compact_index(dispatch: Dispatch) -> tuple[Tensor, Tensor]:
         index[tokens, column] = np.arange(start, start + tokens.size)
         weights[tokens, column] = 1.0
         start += tokens.size
+    index = np.where(index < 0, index.max(axis=1, initial=0)[:, None], index)
     return torch.from_numpy(index), torch.from_numpy(weights)

@@ -74,6 +74,10 @@ class CachedPrefix:
                 self._pool.publish(block, name)
         self._num_settled = num_full
 
+    def withdraw(self) -> None:
+        """Nobody is to find what this sequence has computed or taken from the cache."""
+        self._pool.withdraw(self._sequence.block_table)
+
     def _name(self, num_blocks: int) -> None:
         """Names for the first `num_blocks` blocks of the sequence."""
         num_prompt = len(self._sequence.prompt_ids)

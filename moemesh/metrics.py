@@ -56,6 +56,9 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
     "busy_seconds": RankSeries("moemesh_busy_seconds", "Time in which this rank had something to do."),
     "kernel_seconds": RankSeries("moemesh_kernel_seconds", "Time of that in which its kernels computed (CPU only)."),
     "preemptions": RankSeries("moemesh_preemptions", "Sequences that gave up their cache to others."),
+    "nonfinite_logits": RankSeries(
+        "moemesh_nonfinite_logits", "Sequences that ended because their logits were not finite numbers."
+    ),
     "prefix_cache_queries": RankSeries(
         "moemesh_prefix_cache_queries", "Tokens of new sequences that were looked up in the prefix cache."
     ),

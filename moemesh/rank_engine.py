@@ -396,4 +396,5 @@ def _member_counters(member: GroupMember) -> dict[str, int]:
         counters["preemptions"] = stats.num_preemptions
         counters["prefix_cache_queries"] = stats.num_prefix_queries
         counters["prefix_cache_hits"] = stats.num_prefix_hits
+        counters["nonfinite_logits"] = stats.num_not_finite
     return counters

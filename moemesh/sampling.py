@@ -21,10 +21,10 @@ import torch
 import kernels
 from moemesh.random_numbers import uniform
 from moemesh.sampling_params import SamplingParams
-from moemesh.sequence import Sampled, SamplingError, Sequence
+from moemesh.sequence import LOGITS_NOT_FINITE, PROMPT_LOGITS_NOT_FINITE, Sampled, SamplingError, Sequence
 
 _ERRORS = {
-    kernels.NOT_FINITE: SamplingError(reason="the model's logits are not finite"),
+    kernels.NOT_FINITE: LOGITS_NOT_FINITE,
     kernels.NO_TOKEN: SamplingError(
         reason="min_tokens, logit_bias and penalties together leave no token with a finite logit"
     ),
@@ -73,10 +73,10 @@ def prompt_logprobs(
     logits_RV: torch.Tensor, next_ids: SequenceOf[int], num_top: SequenceOf[int]
 ) -> list[Sampled | SamplingError]:
     """Score the tokens that follow the rows: log-probability, rank and the row's `num_top` best."""
-    error = SamplingError(reason="the model's logits for the prompt are not finite")
     scores = kernels.score(logits_RV, next_ids, num_top)
     return [
-        error if score is None else _scored(token_id, score) for token_id, score in zip(next_ids, scores, strict=True)
+        PROMPT_LOGITS_NOT_FINITE if score is None else _scored(token_id, score)
+        for token_id, score in zip(next_ids, scores, strict=True)
     ]
 
 

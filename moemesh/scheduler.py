@@ -66,6 +66,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
+        self._num_not_finite = 0
 
     @property
     def has_work(self) -> bool:
@@ -86,6 +87,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
+            num_not_finite=self._num_not_finite,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -366,6 +368,9 @@ class Scheduler:
         )
 
     def _fail(self, entry: Entry, error: SamplingError) -> SequenceOutput:
+        if error.not_finite:
+            self._num_not_finite += 1
+            entry.prefix.withdraw()  # its latents are what went wrong, or come of it
         self._forget(entry)
         return SequenceOutput(seq_id=entry.sequence.seq_id, position=entry.sequence.num_tokens, error=error.reason)
 

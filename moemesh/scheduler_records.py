@@ -24,7 +24,8 @@ class SchedulerStats:
     """The state now, and counters since the start.
 
     `num_prefix_queries`: tokens of sequences that were looked up in the prefix cache, `num_prefix_hits`: those of them
-    that were found; each sequence counts once, when it is first admitted.
+    that were found; each sequence counts once, when it is first admitted. `num_not_finite`: sequences that ended
+    because their logits were not finite.
     """
 
     num_running: int
@@ -34,3 +35,4 @@ class SchedulerStats:
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int
+    num_not_finite: int

@@ -58,6 +58,15 @@ class SamplingError:
 
     reason: str
 
+    @property
+    def not_finite(self) -> bool:
+        """Whether the arithmetic has failed, and not what the request asks for."""
+        return self in (LOGITS_NOT_FINITE, PROMPT_LOGITS_NOT_FINITE)
+
+
+LOGITS_NOT_FINITE = SamplingError(reason="the model's logits are not finite")
+PROMPT_LOGITS_NOT_FINITE = SamplingError(reason="the model's logits for the prompt are not finite")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceOutput:

@@ -111,6 +111,21 @@ def test_a_second_block_of_the_same_contents_is_nobody_elses() -> None:
     assert pool.find([name(1)]) == [first], "the second one had no name and went first"
 
 
+def test_a_withdrawn_block_stays_its_owners_and_is_not_found_again() -> None:
+    pool = BlockPool(3, 32)
+    blocks = cached(pool, [1, 2])
+    pool.share(blocks)
+    nameless = pool.allocate(1)
+    pool.withdraw([*blocks, *nameless])
+    assert pool.find([name(1)]) == []
+    assert pool.num_used == 3
+    pool.free([*blocks, *nameless])
+    assert pool.num_used == 0
+    assert cached(pool, [1]) == pool.find([name(1)]), "the name may be given again"
+    with pytest.raises(AssertionError, match="was withdrawn but is not in use"):
+        pool.withdraw(blocks[:1])
+
+
 def test_publishing_and_sharing_what_one_must_not_raises() -> None:
     pool = BlockPool(2, 32)
     (block,) = pool.allocate(1)

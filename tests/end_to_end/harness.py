@@ -149,7 +149,13 @@ class Mesh:
 
     def complete_all(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Completions sent all at once, in order; all must succeed."""
-        return asyncio.run(_complete_all(self.url, requests))
+        answers = self.post_all(requests)
+        assert all(answer.status == 200 for answer in answers), answers
+        return [answer.body for answer in answers]
+
+    def post_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """The answers to completions sent all at once, in order."""
+        return asyncio.run(_post_all(self.url, requests))
 
     @contextmanager
     def stream(self, **fields: Any) -> Iterator[Iterator[dict[str, Any] | None]]:
@@ -303,14 +309,12 @@ def _events(connection: http.client.HTTPConnection) -> Generator[dict[str, Any] 
                 yield None if data == b"[DONE]" else json.loads(data)
 
 
-async def _complete_all(url: str, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+async def _post_all(url: str, requests: Sequence[Mapping[str, Any]]) -> list[Answer]:
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
 
-        async def complete(fields: Mapping[str, Any]) -> dict[str, Any]:
+        async def post(fields: Mapping[str, Any]) -> Answer:
             async with session.post(f"{url}/v1/completions", json=fields) as response:
-                body: dict[str, Any] = await response.json()
-                assert response.status == 200, body
-                return body
+                return _answer(response.status, await response.read(), response.headers)
 
-        return await asyncio.gather(*map(complete, requests))
+        return await asyncio.gather(*map(post, requests))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moemesh.sequence import Sequence
+from moemesh.sequence import LOGITS_NOT_FINITE, SamplingError, Sequence
 from tests.moemesh.fake_group import BLOCK_SIZE, Group, alone, limits, sequence
 
 
@@ -84,6 +84,22 @@ def test_where_latents_depend_on_the_role_a_prompt_finds_no_answer_and_an_answer
     other = sequence(4, 1, output=answer[4:11], max_tokens=8, ignore_eos=True)
     other.prompt_ids = (*turn.prompt_ids, *answer[:4])
     assert computed(group, other) == 20 - 12  # the first 12 from the second sequence's prompt
+
+
+def test_nothing_is_found_of_what_was_not_finite() -> None:
+    group = Group.of(32, limits(tokens=32))
+    assert computed(group, sequence(1, 9, family=1, max_tokens=1)) == 9
+    group.scheduler.add(sequence(2, 14, family=1))
+    group.scheduler.add(sequence(3, 10, family=3))
+    plan = group.start()
+    assert plan is not None
+    flight = group.flights.pop()
+    for item in plan.items:
+        group.write(item, flight)
+    group.scheduler.apply(plan, {2: LOGITS_NOT_FINITE, 3: SamplingError(reason="all masked")})
+    assert group.scheduler.stats().num_not_finite == 1
+    assert computed(group, sequence(4, 14, family=1, max_tokens=1)) == 14
+    assert computed(group, sequence(5, 10, family=3, max_tokens=1)) == 2
 
 
 def test_another_salt_finds_nothing() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moemesh.sampling_params import SamplingParams
 from tests.oracle import write_random_checkpoint
-from tests.simulation.local_mesh import LocalMesh
+from tests.simulation.local_mesh import LocalMesh, Result
 from transport.frame import Kind
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -25,6 +26,10 @@ def _prompts(count: int, longest: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
     return [torch.randint(2, 320, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _facts(result: Result) -> tuple[Any, ...]:
+    return result.tokens, result.logprobs, result.prompt_logprobs, result.finish_reason, result.error
 
 
 def _assert_empty(mesh: LocalMesh) -> None:
@@ -87,15 +92,44 @@ def test_a_request_that_can_never_fit_is_refused_and_the_others_go_on(folder: Pa
     _assert_empty(mesh)
 
 
-def test_nan_logits_end_their_request_only(folder: Path) -> None:
-    """A token whose embedding is not a number: its sequence ends with an error, its neighbours are untouched."""
-    mesh = LocalMesh(folder, num_ranks=1)
-    expected = mesh.generate([[5, 6, 7]], PARAMS)[0].tokens
-    model = mesh.models[0].attention
-    assert model is not None
-    model.embedding_VH[9] = torch.nan
-    good, bad = mesh.submit([5, 6, 7], PARAMS), mesh.submit([8, 9], PARAMS)
+POISON = 9
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"num_ranks": 1},
+    {"num_ranks": 4, "attention_tp": 1},
+    {"num_ranks": 2, "attention_tp": 2},
+    {"num_ranks": 4, "attention_tp": 4, "combine": "compact"},
+)
+WAYS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.8, "seed": 4, "prompt_logprobs": 1},
+)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_that_are_not_finite_end_their_request_only(folder: Path, shape: dict[str, Any], bad: float) -> None:
+    """A token whose embedding is not a number: its sequences end with an error, their neighbours are untouched, and
+    nobody finds in the cache what they have computed."""
+    prompts = [[token for token in prompt if token != POISON] for prompt in _prompts(4, 70)]
+    ways = [SamplingParams(max_tokens=8, ignore_eos=True, **way) for way in WAYS]
+    poisoned = [*range(20, 60), POISON, *range(60, 120)]
+    mesh = LocalMesh(folder, seed=1, max_num_batched_tokens=64, **shape)
+    healthy = [mesh.generate([prompt], way)[0] for prompt, way in zip(prompts, ways, strict=True)]
+    embeddings = [model.attention.embedding_VH for model in mesh.models if model.attention is not None]
+    kept = embeddings[0][POISON].clone()
+    for embedding in embeddings:
+        embedding[POISON] = bad
+    requests = [(mesh.submit(p, w), mesh.submit(poisoned, w)) for p, w in zip(prompts, ways, strict=True)]
     mesh.run()
-    assert mesh.results[good].tokens == expected
-    assert "finite" in (mesh.results[bad].error or "")
+    for (good, poor), expected in zip(requests, healthy, strict=True):
+        assert _facts(mesh.results[good]) == _facts(expected)
+        assert "not finite" in (mesh.results[poor].error or "")
+        assert not mesh.results[poor].tokens
+    assert sum(engine.counters().get("nonfinite_logits", 0) for engine in mesh.engines) == len(requests)
+    for embedding in embeddings:
+        embedding[POISON] = kept
+    (again,) = mesh.generate([poisoned], ways[0])
+    assert (again.cached_tokens, again.error) == (0, None)
     _assert_empty(mesh)
