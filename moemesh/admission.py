@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moemesh.ledger import GroupLoad, Ledger, LedgerEntry
+from moemesh.queue_pace import QueuePace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Admission:
         self._restarts: OrderedDict[int, LedgerEntry] = OrderedDict()
         self._waiting: OrderedDict[int, LedgerEntry] = OrderedDict()
         self._waiting_tokens = 0
+        self._pace = QueuePace()
 
     @property
     def num_waiting(self) -> int:
@@ -68,6 +70,8 @@ class Admission:
     def enter(self, entry: LedgerEntry, now: float) -> None:
         """A new request; `check_room` has been asked."""
         entry.waiting_since = now
+        if not self._waiting:
+            self._pace.begin(now)
         self._waiting[entry.request_id] = entry
         self._waiting_tokens += len(entry.prompt)
 
@@ -83,7 +87,8 @@ class Admission:
         if entry.restarting:
             self.restart([entry])
         else:
-            self.enter(entry, entry.waiting_since)
+            self._waiting[entry.request_id] = entry
+            self._waiting_tokens += len(entry.prompt)
             self._waiting.move_to_end(entry.request_id, last=False)
 
     def forget(self, request_id: int) -> None:
@@ -100,7 +105,11 @@ class Admission:
             return []
         return [entry for entry in self._waiting.values() if now - entry.waiting_since > timeout]
 
-    def take(self, groups: Sequence[int]) -> Iterator[LedgerEntry]:
+    def retry_after(self, now: float) -> float:
+        """Seconds until those that wait now have probably got their turn."""
+        return self._pace.seconds(len(self._waiting), now)
+
+    def take(self, groups: Sequence[int], now: float) -> Iterator[LedgerEntry]:
         """The requests that go to one of `groups` now: in `entry.group`, and no longer waiting."""
         if not groups or not self.num_waiting:
             return
@@ -114,6 +123,7 @@ class Admission:
             entry = next(iter(self._waiting.values()))
             if not self._give(entry, [group for group in groups if self._has_room(loads[group])], loads):
                 return
+            self._pace.left(now)
             yield entry
 
     def _give(self, entry: LedgerEntry, groups: Sequence[int], loads: Sequence[GroupLoad]) -> bool:

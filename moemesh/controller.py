@@ -196,7 +196,7 @@ class Controller:
         try:
             self._admission.check_room(len(request.prompt_token_ids))
         except QueueFull as error:
-            raise Overloaded(str(error)) from None
+            raise self._overloaded(str(error)) from None
         params = request.params
         room = self._longest - len(request.prompt_token_ids)
         max_new = max(0, room) if params.max_tokens is None else params.max_tokens
@@ -224,7 +224,7 @@ class Controller:
         if not self._admission.num_waiting:
             return
         groups = [group for group in self._serving_groups() if group not in self._regrouping]
-        for entry in self._admission.take(groups):
+        for entry in self._admission.take(groups, self._clock()):
             assert entry.group is not None
             if not self._control.send_leader(entry.group, submit_message(entry)):
                 self._admission.put_back(entry)  # the next tick tries again
@@ -252,7 +252,10 @@ class Controller:
                 self._end(request_id, EngineFailed(stranded))
         for entry in self._admission.expired(self._clock()):
             self._admission.forget(entry.request_id)
-            self._end(entry.request_id, Overloaded("the request has waited for too long for its turn"))
+            self._end(entry.request_id, self._overloaded("the request has waited for too long for its turn"))
+
+    def _overloaded(self, message: str) -> Overloaded:
+        return Overloaded(message, retry_after=self._admission.retry_after(self._clock()))
 
     # --- reports of the ranks
 

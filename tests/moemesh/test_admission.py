@@ -24,8 +24,8 @@ class Queue:
         self.admission.enter(entry, now)
         return entry
 
-    def take(self, *groups: int) -> list[LedgerEntry]:
-        return list(self.admission.take(groups))
+    def take(self, *groups: int, now: float = 0.0) -> list[LedgerEntry]:
+        return list(self.admission.take(groups, now))
 
 
 def test_requests_go_in_order_until_the_groups_are_full() -> None:
@@ -68,6 +68,19 @@ def test_the_queue_is_bounded_by_tokens_but_takes_one_request_of_any_size() -> N
         queue.admission.check_room(6)
     queue.admission.forget(entries[0].request_id)
     queue.admission.check_room(15)
+
+
+def test_who_is_refused_hears_how_long_the_queue_will_take() -> None:
+    queue = Queue(max_num_seqs=1)
+    entries = [queue.enter(now=10.0) for _ in range(queue.limits.requests_per_group + 6)]
+    assert len(queue.take(0, now=10.0)) == queue.limits.requests_per_group
+    for number, entry in enumerate(entries[:2], start=1):
+        queue.ledger.close(entry.request_id)
+        assert queue.take(0, now=10.0 + 14 * number)
+    waiting, left = queue.admission.num_waiting, queue.limits.requests_per_group + 2
+    assert queue.admission.retry_after(38.0) == waiting * 28.0 / left
+    unbound = Queue()
+    assert unbound.admission.retry_after(0.0) == 1.0
 
 
 def test_who_waits_too_long_is_named() -> None:
@@ -121,11 +134,11 @@ def test_restarts_expire_never_and_do_not_count_against_the_queue() -> None:
 def test_who_could_not_be_sent_is_the_next_one_again() -> None:
     queue = Queue(queue_timeout=5.0)
     first, second = queue.enter(now=0.0), queue.enter(now=0.0)
-    assert next(queue.admission.take((0,))) is first
+    assert next(queue.admission.take((0,), 0.0)) is first
     queue.admission.put_back(first)
     assert queue.admission.expired(6.0) == [first, second]
     assert queue.take(0) == [first, second]
     queue.admission.restart(queue.ledger.lose(0))
-    assert next(queue.admission.take((1,))) is first
+    assert next(queue.admission.take((1,), 0.0)) is first
     queue.admission.put_back(first)
     assert queue.take(1) == [first, second]

@@ -276,8 +276,9 @@ def test_no_more_may_wait_than_the_limit_says() -> None:
         async with ready() as (controller, ranks):
             asked = [await started(collect(controller, request())) for _ in range(14)]
             assert len(ranks.told(messages.Submit)) == 12
-            with pytest.raises(Overloaded, match="2 requests are waiting, at most 2 may"):
+            with pytest.raises(Overloaded, match="2 requests are waiting, at most 2 may") as refused:
                 await collect(controller, request())
+            assert refused.value.retry_after >= 1.0
             await ranks.say(tokens(1, 2, 20, finish_reason="length"))
             await asked[0]
             assert len(ranks.told(messages.Submit)) == 13
