@@ -55,6 +55,7 @@ def test_an_idle_group_sends_no_frame(folder: Path) -> None:
 
 def test_a_mesh_without_requests_sends_nothing(folder: Path) -> None:
     mesh = LocalMesh(folder, num_ranks=4, attention_tp=2)
+    mesh.settle()
     for _ in range(100):
         assert not mesh.turn()
     assert all(sum(mesh.frames_sent(rank).values()) == 0 for rank in range(4))
