@@ -15,8 +15,10 @@ from kernels.room import Room
 from kernels.routing import Gate, route
 from kernels.rows import add_rms_norm_, combine, rms_norm, rope_, tree_add
 from kernels.runtime import (
+    Arithmetic,
     aside,
     force_isa,
+    has_tiles,
     isa,
     native_available,
     native_reason,
@@ -34,6 +36,7 @@ __all__ = [
     "NOT_FINITE",
     "NO_TOKEN",
     "Angles",
+    "Arithmetic",
     "AttentionBatch",
     "BatchRows",
     "BlockScale",
@@ -62,6 +65,7 @@ __all__ = [
     "ffn",
     "force_isa",
     "grouped_ffn",
+    "has_tiles",
     "head_linear",
     "isa",
     "lay_out",

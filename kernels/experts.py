@@ -13,7 +13,7 @@ import torch
 
 from kernels import panels, reference
 from kernels.reserved import ReservedMemory
-from kernels.runtime import native, native_available, require
+from kernels.runtime import Arithmetic, native, native_available, require
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -34,6 +34,7 @@ class PackedExperts:
         *,
         dtype: torch.dtype,
         block: tuple[int, int] | None = None,
+        arithmetic: Arithmetic = "float32",
         device: torch.device | str = "cpu",
     ) -> None:
         panels.check_weight_dtype(dtype)
@@ -47,6 +48,7 @@ class PackedExperts:
         self.dtype, self.block, self.device = dtype, block, torch.device(device)
         self.is_native = self.device.type == "cpu" and native_available()
         self._shapes = ((width, hidden), (width, hidden), (hidden, width))
+        self._in_pairs = [panels.lies_in_pairs(dtype, num_in, arithmetic) for _, num_in in self._shapes]
         self._scale_shapes = [_blocks(shape, block) for shape in self._shapes] if block else []
         if self.is_native:
             self._allocate_panels()
@@ -63,10 +65,11 @@ class PackedExperts:
         *,
         dtype: torch.dtype,
         block: tuple[int, int] | None = None,
+        arithmetic: Arithmetic = "float32",
         device: torch.device | str = "cpu",
     ) -> PackedExperts:
         """Uninitialised experts; every slot must be loaded before it is used."""
-        return cls(num_experts, hidden, width, dtype=dtype, block=block, device=device)
+        return cls(num_experts, hidden, width, dtype=dtype, block=block, arithmetic=arithmetic, device=device)
 
     def _allocate_panels(self) -> None:
         """Per expert: [panel of gate, panel of up] for each 32 of the width, then the panels of down."""
@@ -83,7 +86,9 @@ class PackedExperts:
         for i in range(3):
             at, scale = self._data.data_ptr() + self._starts[i], self._panel_scale(0, i)
             stride = self._strides[i]
-            words += panels.matrix_fields(at, self.dtype, self._shapes[i], scale=scale, panel_stride=stride)
+            words += panels.matrix_fields(
+                at, self.dtype, self._shapes[i], scale=scale, panel_stride=stride, in_pairs=self._in_pairs[i]
+            )
         words += [self.num_experts, self._expert_bytes, self._panel_scales.shape[1]]
         self._struct = torch.tensor(words, dtype=torch.int64)  # struct Experts of csrc/kernels.h
         self.address = self._struct.data_ptr()
@@ -140,7 +145,8 @@ class PackedExperts:
             if scales is not None:
                 self._load_scale(slot, i, scales[i])
             if self.is_native:
-                panels.pack_into(self._data[slot, self._starts[i] :], weight, self._strides[i])
+                data = self._data[slot, self._starts[i] :]
+                panels.pack_into(data, weight, self._strides[i], in_pairs=self._in_pairs[i])
             else:
                 self._weights[i][slot].copy_(weight)
 
@@ -152,17 +158,18 @@ class PackedExperts:
 
         Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
         """
-        assert self.is_native
+        assert self.is_native and len(places) == 3 * len(slots)
         assert (scales is None) == (self.block is None)
         if scales is not None:
             for slot, of_expert in zip(slots, scales, strict=True):
                 for i, scale_inv in enumerate(of_expert):
                     self._load_scale(slot, i, scale_inv)
         start = self._data_at
-        wanted = [
-            (place, self._shapes[i % 3], start + slots[i // 3] * self._expert_bytes + self._starts[i % 3], stride)
-            for i, (place, stride) in enumerate(zip(places, self._strides * len(slots), strict=True))
-        ]
+        wanted = []
+        for i, place in enumerate(places):
+            slot, which = slots[i // 3], i % 3
+            at = start + slot * self._expert_bytes + self._starts[which]
+            wanted.append((place, self._shapes[which], self._in_pairs[which], at, self._strides[which]))
         return panels.load_files(wanted, self.dtype)
 
     def _load_scale(self, slot: int, i: int, scale_inv: torch.Tensor) -> None:
@@ -184,8 +191,8 @@ class PackedExperts:
         if not self.is_native:
             scale = self._block_scale(self._scales[i][slot]) if self.block else None
             return panels.dequantize(self._weights[i][slot], scale)
-        data, stride = self._data[slot, self._starts[i] :], self._strides[i]
-        weight = panels.unpack(data, *self._shapes[i], dtype=self.dtype, panel_stride=stride)
+        data, stride, in_pairs = self._data[slot, self._starts[i] :], self._strides[i], self._in_pairs[i]
+        weight = panels.unpack(data, *self._shapes[i], dtype=self.dtype, panel_stride=stride, in_pairs=in_pairs)
         return panels.dequantize(weight, self._panel_scale(slot, i))
 
 

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 
 from kernels import panels, reference
-from kernels.runtime import native, native_available
+from kernels.runtime import Arithmetic, native, native_available
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -23,6 +23,7 @@ class PackedHeads:
     num_out: int
     num_in: int
     dtype: torch.dtype
+    in_pairs: bool
     device: torch.device
     weight: torch.Tensor  # panels (bytes) of all heads if native, [n, bytes], else [n, N, K]
     scales: tuple[panels.PanelScale | panels.BlockScale, ...]  # one for each head, or none; the former if native
@@ -42,18 +43,24 @@ class PackedHeads:
         weight = self.weight[head]
         if self.matrices is not None:
             stride = panels.panel_bytes(self.num_in, self.dtype)
-            weight = panels.unpack(weight, self.num_out, self.num_in, dtype=self.dtype, panel_stride=stride)
+            shape = self.num_out, self.num_in
+            weight = panels.unpack(weight, *shape, dtype=self.dtype, panel_stride=stride, in_pairs=self.in_pairs)
         return panels.dequantize(weight, self.scales[head] if self.scales else None)
 
 
 def pack_heads(
-    weight_nNK: torch.Tensor, *, scales: Sequence[panels.BlockScale] = (), device: torch.device | str = "cpu"
+    weight_nNK: torch.Tensor,
+    *,
+    scales: Sequence[panels.BlockScale] = (),
+    arithmetic: Arithmetic = "float32",
+    device: torch.device | str = "cpu",
 ) -> PackedHeads:
     """Pack one weight [N, K] per head; the result owns its memory. float8_e4m3fn and int8 need one of `scales` for
     each head. Raises ValueError."""
     _check(weight_nNK, scales)
     num_heads, num_out, num_in = weight_nNK.shape
     dtype, device = weight_nNK.dtype, torch.device(device)
+    in_pairs = panels.lies_in_pairs(dtype, num_in, arithmetic)
     packed_scales: tuple[panels.PanelScale | panels.BlockScale, ...]
     matrices = None
     if device.type == "cpu" and native_available():
@@ -63,8 +70,10 @@ def pack_heads(
         weight = panels.allocate(num_heads * head_bytes).view(num_heads, head_bytes)
         words = []
         for data, source, scale in zip_longest(weight, weight_nNK, panel_scales):
-            panels.pack_into(data, source, stride)
-            words += panels.matrix_fields(data.data_ptr(), dtype, (num_out, num_in), scale=scale, panel_stride=stride)
+            panels.pack_into(data, source, stride, in_pairs=in_pairs)
+            words += panels.matrix_fields(
+                data.data_ptr(), dtype, (num_out, num_in), scale=scale, panel_stride=stride, in_pairs=in_pairs
+            )
         matrices, packed_scales = torch.tensor(words, dtype=torch.int64), panel_scales
     else:
         packed_scales = tuple(scale.to(device) for scale in scales)
@@ -74,6 +83,7 @@ def pack_heads(
         num_out=num_out,
         num_in=num_in,
         dtype=dtype,
+        in_pairs=in_pairs,
         device=device,
         weight=weight,
         scales=packed_scales,

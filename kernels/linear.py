@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import panels, reference
-from kernels.runtime import native, native_available, require, runs_native
+from kernels.runtime import Arithmetic, native, native_available, require, runs_native
 
 EMBEDDINGS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +25,7 @@ class PackedLinear:
     num_in: int
     num_shards: int
     dtype: torch.dtype
+    in_pairs: bool
     device: torch.device
     weight: torch.Tensor  # panels (bytes) if native, else [N, K]
     scale: panels.PanelScale | panels.BlockScale | None  # the former if native
@@ -41,7 +42,8 @@ class PackedLinear:
         weight = self.weight
         if self.matrix is not None:
             stride = panels.panel_bytes(self.num_in, self.dtype)
-            weight = panels.unpack(weight, self.num_out, self.num_in, dtype=self.dtype, panel_stride=stride)
+            shape = self.num_out, self.num_in
+            weight = panels.unpack(weight, *shape, dtype=self.dtype, panel_stride=stride, in_pairs=self.in_pairs)
         return panels.dequantize(weight, self.scale)
 
 
@@ -52,6 +54,7 @@ def pack_linear(
     block: tuple[int, int] = (128, 128),
     offset: tuple[int, int] = (0, 0),
     num_shards: int = 1,
+    arithmetic: Arithmetic = "float32",
     device: torch.device | str = "cpu",
 ) -> PackedLinear:
     """Pack a weight; the result owns its memory.
@@ -65,10 +68,11 @@ def pack_linear(
     num_out, num_in = _check_shape(weight_NK, num_shards)
     block_scale = _scale_of(weight_NK, scale_inv, block, offset)
     device = torch.device(device)
+    in_pairs = panels.lies_in_pairs(weight_NK.dtype, num_in // num_shards, arithmetic)
     scale: panels.PanelScale | panels.BlockScale | None
     matrix = None
     if device.type == "cpu" and native_available():
-        weight, scale, matrix = _to_panels(weight_NK, block_scale, num_shards)
+        weight, scale, matrix = _to_panels(weight_NK, block_scale, num_shards, in_pairs)
     else:
         weight = weight_NK.to(device, copy=True).contiguous()
         scale = None if block_scale is None else block_scale.to(device)
@@ -77,6 +81,7 @@ def pack_linear(
         num_in=num_in,
         num_shards=num_shards,
         dtype=weight_NK.dtype,
+        in_pairs=in_pairs,
         device=device,
         weight=weight,
         scale=scale,
@@ -175,15 +180,21 @@ def _scale_of(
 
 
 def _to_panels(
-    weight_NK: torch.Tensor, block_scale: panels.BlockScale | None, num_shards: int
+    weight_NK: torch.Tensor, block_scale: panels.BlockScale | None, num_shards: int, in_pairs: bool
 ) -> tuple[torch.Tensor, panels.PanelScale | None, torch.Tensor]:
     """Panels, scales as the kernel reads them, and the struct Matrix that points at both."""
     (num_out, num_in), dtype = weight_NK.shape, weight_NK.dtype
     stride = panels.panel_bytes(num_in, dtype)
     data = panels.allocate(panels.num_panels(num_out) * stride)
-    panels.pack_into(data, weight_NK, stride)
+    panels.pack_into(data, weight_NK, stride, in_pairs=in_pairs)
     scale = None if block_scale is None else block_scale.for_panels(num_out)
     fields = panels.matrix_fields(
-        data.data_ptr(), dtype, (num_out, num_in), scale=scale, num_shards=num_shards, panel_stride=stride
+        data.data_ptr(),
+        dtype,
+        (num_out, num_in),
+        scale=scale,
+        num_shards=num_shards,
+        panel_stride=stride,
+        in_pairs=in_pairs,
     )
     return data, scale, torch.tensor(fields, dtype=torch.int64)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.runtime import native
+from kernels.runtime import Arithmetic, native
 
 PANEL = 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
+PAIRS_KIND, PAIR_STEP = 5, 32
 SCALED = (torch.float8_e4m3fn, torch.int8)
 _INTERLEAVED = (torch.bfloat16, torch.float8_e4m3fn)
 HUGE_PAGE = 2 << 20
@@ -27,6 +28,11 @@ def check_weight_dtype(dtype: torch.dtype) -> None:
     if dtype not in KINDS:
         known = ", ".join(str(kind).removeprefix("torch.") for kind in KINDS)
         raise ValueError(f"weights of dtype {dtype} are not supported; convert them to one of {known}")
+
+
+def lies_in_pairs(dtype: torch.dtype, piece: int, arithmetic: Arithmetic) -> bool:
+    """Whether a weight is stored, and multiplied, in pairs of inputs; `piece`: inputs that are summed in one go."""
+    return arithmetic == "bf16x3" and dtype == torch.bfloat16 and piece % PAIR_STEP == 0
 
 
 def num_panels(num_out: int) -> int:
@@ -49,20 +55,24 @@ def allocate(num_bytes: int) -> torch.Tensor:
     return data
 
 
-def pack_into(panels: torch.Tensor, weight_NK: torch.Tensor, panel_stride: int) -> None:
+def _elements(num_in: int, dtype: torch.dtype, in_pairs: bool) -> tuple[int, int, int, int]:
+    """What packing is told of a row: number and bytes of its elements, whether panels interleave them, whether NaN is
+    refused. A pair is one element."""
+    if in_pairs:
+        return num_in // 2, 2 * dtype.itemsize, 0, 0
+    return num_in, dtype.itemsize, int(dtype in _INTERLEAVED), int(dtype == torch.float8_e4m3fn)
+
+
+def pack_into(panels: torch.Tensor, weight_NK: torch.Tensor, panel_stride: int, *, in_pairs: bool) -> None:
     """Copy a weight (CPU, last dim contiguous) to panels that begin at panels[0], panel_stride bytes apart."""
     if weight_NK.stride(1) != 1:
         weight_NK = weight_NK.contiguous()
     num_out, num_in = weight_NK.shape
-    size = weight_NK.element_size()
     native.pack(
         weight_NK.data_ptr(),
-        weight_NK.stride(0) * size,
+        weight_NK.stride(0) * weight_NK.element_size(),
         num_out,
-        num_in,
-        size,
-        int(weight_NK.dtype in _INTERLEAVED),
-        int(weight_NK.dtype == torch.float8_e4m3fn),
+        *_elements(num_in, weight_NK.dtype, in_pairs),
         panels.data_ptr(),
         panel_stride,
     )
@@ -76,19 +86,20 @@ class FileWeight:
     offset: int
 
 
-FileTarget = tuple[FileWeight, tuple[int, int], int, int]
+FileTarget = tuple[FileWeight, tuple[int, int], bool, int, int]
 
 
 def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
-    """Matrices from files to panels, and their checksums: of each its place, its shape [N, K], the address of its
-    panels and the bytes between two. One call for all of them, which needs no Python in between.
+    """Matrices from files to panels, and their checksums: of each its place, its shape [N, K], whether it lies in
+    pairs, the address of its panels and the bytes between two. One call for all of them, which needs no Python in
+    between.
 
     Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
     """
     jobs = array("q")  # struct FileWeight of csrc/ops.h; made without torch, whose every operation lets go of the GIL
-    flags = dtype.itemsize, int(dtype in _INTERLEAVED), int(dtype == torch.float8_e4m3fn)
-    for place, shape, address, stride in weights:
-        jobs.extend((place.file, place.offset, *shape, *flags, address, stride, 0, 0))
+    for place, (num_out, num_in), in_pairs, address, stride in weights:
+        elements = _elements(num_in, dtype, in_pairs)
+        jobs.extend((place.file, place.offset, num_out, *elements, address, stride, 0, 0))
     native.load(jobs.buffer_info()[0], len(weights))
     outcomes = jobs[_OUTCOME::_FILE_WEIGHT_WORDS]
     wrong = next((outcome for outcome in outcomes if outcome), None)
@@ -103,14 +114,16 @@ def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
     return [checksum & (2**64 - 1) for checksum in jobs[_OUTCOME + 1 :: _FILE_WEIGHT_WORDS]]
 
 
-def unpack(panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtype, panel_stride: int) -> torch.Tensor:
+def unpack(
+    panels: torch.Tensor, num_out: int, num_in: int, *, dtype: torch.dtype, panel_stride: int, in_pairs: bool
+) -> torch.Tensor:
     """The weight [N, K] that pack_into was given."""
-    size = panel_bytes(num_in, dtype)
-    rows = panels.as_strided((num_panels(num_out), size), (panel_stride, 1))
-    stored_PKC = rows.reshape(-1, num_in, PANEL, dtype.itemsize)
+    count, size, interleaved, _ = _elements(num_in, dtype, in_pairs)
+    rows = panels.as_strided((num_panels(num_out), count * PANEL * size), (panel_stride, 1))
+    stored_PKC = rows.reshape(-1, count, PANEL, size)
     column = torch.arange(PANEL)
-    place = torch.where(column < 16, 2 * column, 2 * column - 31) if dtype in _INTERLEAVED else column
-    weight = stored_PKC[:, :, place].transpose(1, 2).reshape(-1, num_in, dtype.itemsize)[:num_out]
+    place = torch.where(column < 16, 2 * column, 2 * column - 31) if interleaved else column
+    weight = stored_PKC[:, :, place].transpose(1, 2).reshape(-1, count, size)[:num_out]
     return weight.contiguous().view(dtype).view(num_out, num_in)
 
 
@@ -210,10 +223,12 @@ def matrix_fields(
     scale: PanelScale | None = None,
     num_shards: int = 1,
     panel_stride: int,
+    in_pairs: bool,
 ) -> list[int]:
     """The struct Matrix of a weight [N, K] = shape, as int64 words in the order of csrc/kernels.h."""
     scale_words = (0, 0, 0, 0, 1)
     if scale is not None:
         num_blocks, width = scale.scales_PBW.shape[1:]
         scale_words = (scale.scales_PBW.data_ptr(), num_blocks * width, scale.cols, scale.col_phase, width)
-    return [panels_at, scale_words[0], KINDS[dtype], *shape, num_shards, panel_stride, *scale_words[1:]]
+    kind = PAIRS_KIND if in_pairs else KINDS[dtype]
+    return [panels_at, scale_words[0], kind, *shape, num_shards, panel_stride, *scale_words[1:]]

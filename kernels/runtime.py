@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+
+Arithmetic = Literal["float32", "bf16x3"]
+"""How products with bfloat16 weights are computed, of equal accuracy: float32 is a chain of fused multiply-adds; bf16x3
+cuts an activation into three bfloat16 numbers, whose sum it is, for the tiles of AMX. Everybody who is to have the same
+bits must compute in the same; weights are packed for one."""
 
 try:
     import kernels._native as _native
@@ -34,8 +40,13 @@ def native_reason() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or generic; torch when the C kernels are not in use."""
+    """The instruction set in use: amx, avx512, avx2 or generic; torch when the C kernels are not in use."""
     return native.isa() if _NATIVE else "torch"
+
+
+def has_tiles(isa: str) -> bool:
+    """Whether bf16x3 is fast with this instruction set; with others of the C kernels it gives the same bits, slowly."""
+    return isa == "amx"
 
 
 def force_isa(name: str | None) -> None:

@@ -69,6 +69,35 @@ INLINE vf vexp(vf x)
 
 INLINE float exp_one(float x) { return vexp(splat(x))[0]; }
 
+/* Subnormal operands and results are zero from here on, until the mode is restored. */
+INLINE uint64_t flush_subnormals(void)
+{
+    uint64_t before;
+#if defined(__x86_64__)
+    before = _mm_getcsr();
+    _mm_setcsr((uint32_t)before | 0x8040);
+#else
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1 << 24) : "memory");
+#endif
+    return before;
+}
+
+INLINE void restore_subnormals(uint64_t before)
+{
+#if defined(__x86_64__)
+    _mm_setcsr((uint32_t)before);
+#else
+    __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory");
+#endif
+}
+
+#if defined(HAVE_TILES)
+typedef uint16_t PairPart;
+#else
+typedef float PairPart;
+#endif
+
 #include "body_gemm.h"
 #include "body_quantize.h"
 #include "body_rows.h"

@@ -213,9 +213,15 @@ static void gemm_by_slices(const Panels *p, const float *const *rows, int64_t nu
         }
 }
 
+#include "body_pairs.h"
+
 /* acc[num_rows][gemm_stride] = rows times panels, see Panels. */
 static void panel_gemm(const Panels *p, const float *const *rows, int64_t num_rows, float *acc)
 {
+    if (p->matrices->kind == KIND_PAIRS) {
+        pairs_gemm(p, rows, num_rows, acc);
+        return;
+    }
     if (num_rows > MAX_TILE_ROWS) {
         gemm_by_slices(p, rows, num_rows, acc);
         return;

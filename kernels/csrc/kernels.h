@@ -9,12 +9,14 @@
 #define ROW_CHUNK 96  /* most rows one task carries through a panel */
 #define KEY_BLOCK 32  /* positions of one block of the latent cache */
 
-enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, KIND_INT8, NUM_KINDS };
+enum { KIND_F32, KIND_BF16, KIND_F16, KIND_FP8, KIND_INT8, KIND_PAIRS, NUM_KINDS };
 enum { METHOD_GREEDY, METHOD_GROUP_LIMITED_GREEDY, METHOD_NOAUX_TC };
 
 /* A weight matrix [num_out, num_in] in panels [num_panels][num_in][32]. Every field is 8 bytes wide: Python fills this
    struct as an int64 tensor (kernels/panels.py, same order). bfloat16 and fp8 panels hold column i at place 2i and
-   column 16 + i at place 2i + 1, so that one load and one shift or mask give two vectors of neighbouring columns. */
+   column 16 + i at place 2i + 1, so that one load and one shift or mask give two vectors of neighbouring columns.
+   KIND_PAIRS is bfloat16 too, of the arithmetic bf16x3: [num_panels][num_in / 2][32][2], two neighbouring k of a column
+   beside each other, as tiles of AMX want them. num_in / num_shards is then a multiple of PAIR_STEP. */
 typedef struct {
     const uint8_t *panels;
     const float *scales; /* fp8 and int8: [num_panels][scale blocks][scale_width] */
@@ -203,15 +205,32 @@ typedef struct {
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+#define PAIR_STEP 32 /* k that one instruction on tiles takes in */
+#define TILE_ROWS 16
+
+/* Rows times pairs: blocks of equally many rows, an even number of blocks where one is not enough. */
+static inline int64_t pair_blocks(int64_t num_rows) { return num_rows <= TILE_ROWS ? 1 : (num_rows + 31) / 32 * 2; }
+static inline int64_t pair_rows(int64_t num_rows) { return round_up(num_rows, pair_blocks(num_rows)); }
+/* k whose parts of the rows are held at a time, so that they stay in the L2 cache. */
+static inline int64_t pair_slice(int64_t num_rows) { return num_rows <= TILE_ROWS ? 2048 : 512; }
+
 /* Scratch of panel_gemm: the result, its rows gemm_stride floats apart (not a power of two, so that they do not fall
-   into the same sets of a cache); where K is cut in shards, as much again for each level of their tree. */
+   into the same sets of a cache); where K is cut in shards, as much again for each level of their tree; for pairs, with
+   rows that fill the blocks, and then the three parts of a slice of each row. */
 static inline int64_t gemm_stride(const Panels *p) { return p->num_matrices * p->count * PANEL + 16; }
-static inline int64_t gemm_scratch(const Panels *p, int64_t num_rows)
+static inline int64_t gemm_sums(const Panels *p, int64_t num_rows)
 {
+    const int64_t rows = p->matrices->kind == KIND_PAIRS ? pair_rows(num_rows) : num_rows;
     int64_t levels = 1;
     for (int64_t shards = p->matrices->num_shards; shards > 1; shards /= 2)
         levels++;
-    return levels * num_rows * gemm_stride(p);
+    return levels * rows * gemm_stride(p);
+}
+static inline int64_t gemm_scratch(const Panels *p, int64_t num_rows)
+{
+    const int64_t num_in = p->matrices->num_in, slice = pair_slice(num_rows);
+    const int64_t parts = 3 * pair_rows(num_rows) * (num_in < slice ? num_in : slice) + 16;
+    return gemm_sums(p, num_rows) + (p->matrices->kind == KIND_PAIRS ? parts : 0);
 }
 
 /* Floats of scratch that route and attend need. */
@@ -238,7 +257,12 @@ static inline int64_t attend_scratch(const Attention *a)
            bundle_scratch(TILE_LINES, a->latent_width + a->rope_width, out_width);
 }
 static inline int64_t expanded_width(const Expanded *e) { return round_up(e->value->num_out, PANEL); }
-static inline int64_t expanded_product(const Expanded *e) { return gemm_scratch(&(Panels){e->key, 1, 0, 1}, SPAN); }
+static inline int64_t expanded_product(const Expanded *e)
+{
+    const int64_t key = gemm_scratch(&(Panels){e->key, 1, 0, 1}, SPAN);
+    const int64_t value = gemm_scratch(&(Panels){e->value, 1, 0, 1}, SPAN);
+    return key > value ? key : value;
+}
 static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)
 {
     const int64_t key_width = e->key->num_out + e->rope_width;
@@ -248,6 +272,10 @@ static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)
 
 #if defined(__x86_64__)
 extern const KernelTable kernels_avx512, kernels_avx2;
+#endif
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAVE_AMX 1 /* the compiler knows its instructions, and the system can be asked for its registers */
+extern const KernelTable kernels_amx;
 #endif
 #if defined(__x86_64__) || defined(__aarch64__)
 #define HAVE_GENERIC 1

@@ -206,10 +206,11 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
     const int64_t width = round_up(e->up.num_out, PANEL), hidden = e->down.num_out, num_slots = slots->num_slots;
     const int64_t middle_bytes = round_up(num_slots * width * (int64_t)sizeof(float), 64);
     const int64_t most_rows = num_slots < ROW_CHUNK ? num_slots : ROW_CHUNK;
-    const Panels most = {&e->down, 1, 0, MOST_PANELS};
+    const Panels ups = {&e->gate, 2, 0, MOST_PANELS / 2}, downs = {&e->down, 1, 0, MOST_PANELS};
+    const int64_t up_scratch = gemm_scratch(&ups, most_rows), down_scratch = gemm_scratch(&downs, most_rows);
     const int64_t lists = (3 * e->num_experts + 2) * (int64_t)sizeof(int64_t) + num_slots * (int64_t)sizeof(int32_t);
     char *buffer = pool_buffer(0, middle_bytes + lists);
-    if (!buffer || pool_reserve(gemm_scratch(&most, most_rows) * (int64_t)sizeof(float)) != 0)
+    if (!buffer || pool_reserve((up_scratch > down_scratch ? up_scratch : down_scratch) * (int64_t)sizeof(float)) != 0)
         return out_of_memory;
     Ffn f = {.experts = e, .slots = slots, .x = x, .middle = (float *)buffer, .y = y, .width = width};
     f.offsets = (int64_t *)(buffer + middle_bytes);

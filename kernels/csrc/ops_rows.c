@@ -1,6 +1,11 @@
 /* Drivers of what is done row by row, and of routing. */
 #define _GNU_SOURCE
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "ops.h"
 #include "pool.h"
@@ -11,8 +16,25 @@ const char out_of_memory[] = "out of memory for kernel scratch";
 
 static const KernelTable *table;
 
+#if defined(HAVE_AMX)
+/* Whether the processor multiplies bfloat16 on tiles and the system lets this process use them; once it does, all its
+   threads may. */
+static int has_tiles(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, TILE = 1 << 24, BF16 = 1 << 22 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16))
+        return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 static const KernelTable *variant(const char *isa)
 {
+#if defined(HAVE_AMX)
+    if (strcmp(isa, "amx") == 0 && variant("avx512") && has_tiles())
+        return &kernels_amx;
+#endif
 #if defined(__x86_64__)
     if (strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c"))
@@ -31,9 +53,9 @@ static const KernelTable *variant(const char *isa)
 
 const char *op_select(const char *isa)
 {
-    static const char *const names[] = {"avx512", "avx2", "generic"};
+    static const char *const names[] = {"amx", "avx512", "avx2", "generic"};
     const KernelTable *found = isa ? variant(isa) : NULL;
-    for (int i = 0; !isa && !found && i < 3; i++)
+    for (int i = 0; !isa && !found && i < 4; i++)
         found = variant(names[i]);
     if (!found)
         return "this processor does not run that instruction set";
