@@ -158,7 +158,8 @@ class PackedExperts:
 
         Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
         """
-        assert self.is_native and len(places) == 3 * len(slots)
+        assert self.is_native
+        assert len(places) == 3 * len(slots)
         assert (scales is None) == (self.block is None)
         if scales is not None:
             for slot, of_expert in zip(slots, scales, strict=True):

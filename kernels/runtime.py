@@ -44,11 +44,6 @@ def isa() -> str:
     return native.isa() if _NATIVE else "torch"
 
 
-def has_tiles(isa: str) -> bool:
-    """Whether bf16x3 is fast with this instruction set; with others of the C kernels it gives the same bits, slowly."""
-    return isa == "amx"
-
-
 def force_isa(name: str | None) -> None:
     """Use the named instruction set (None: the best this processor has). Raises ValueError if it cannot run here."""
     if not _NATIVE:

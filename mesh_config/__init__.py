@@ -1,5 +1,6 @@
 """What the mesh is: model and mesh configuration, expert placement, memory plan. No torch, no I/O but reading files."""
 
+from mesh_config.arithmetic import arithmetics_differ, settled_arithmetic
 from mesh_config.coverage import Loss, coverage
 from mesh_config.errors import ConfigError
 from mesh_config.memory_plan import (
@@ -27,6 +28,7 @@ __all__ = [
     "Placement",
     "RopeConfig",
     "YarnConfig",
+    "arithmetics_differ",
     "available_memory",
     "cache_bytes_per_token",
     "check_fits",
@@ -40,5 +42,6 @@ __all__ = [
     "parse_model_config",
     "plan_memory",
     "rope_frequencies",
+    "settled_arithmetic",
     "take_over",
 ]

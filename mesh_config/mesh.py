@@ -27,8 +27,9 @@ class MeshConfig:
     MoE layer beyond one of each. `max_num_batched_tokens` and `max_num_seqs` bound a step of one group; `max_model_len`
     a sequence, prompt and output together. `num_cache_blocks` per rank is None where the free memory decides.
     `prefix_caching`: sequences with equal beginnings share the cache of these. `prefill_attention`: the form that
-    positions of a prompt take, generated ones are always absorbed. `machines` names the host of each rank; empty: all
-    are on one.
+    positions of a prompt take, generated ones are always absorbed. `arithmetic`: see kernels/runtime.py; auto until all
+    ranks of the start have said what their processors have. `machines` names the host of each rank; empty: all are on
+    one.
     """
 
     num_ranks: int = 1
@@ -45,6 +46,7 @@ class MeshConfig:
     credit_window: int = 16
     prefix_caching: bool = True
     prefill_attention: Literal["absorbed", "expanded"] = "absorbed"
+    arithmetic: Literal["auto", "float32", "bf16x3"] = "float32"
     block_size: int = BLOCK_SIZE
     device: Literal["cpu", "cuda"] = "cpu"
     machines: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class MeshConfig:
         self._check_limits()
         _check_choice("combine", self.combine, ("exact", "compact"))
         _check_choice("prefill_attention", self.prefill_attention, ("absorbed", "expanded"))
+        _check_choice("arithmetic", self.arithmetic, ("auto", "float32", "bf16x3"))
         _check_choice("expert_hold", self.expert_hold, ("auto", "on", "off"))
         _check_choice("micro_batches", self.micro_batches, ("auto", 1, 2))
         _check_choice("block_size", self.block_size, (BLOCK_SIZE,))

@@ -51,12 +51,14 @@ class FfnLoader:
         device: torch.device,
         weight_dtype: torch.dtype | None,
         quantized: bool,
+        arithmetic: kernels.Arithmetic,
     ) -> None:
         self._config = config
         self._tensors = tensors
         self._device = device
         self._weight_dtype = weight_dtype
         self._quantized = quantized
+        self._arithmetic = arithmetic
         self._expert_dtypes: dict[int, torch.dtype] = {}
 
     def expert_bank(self, layer: int, num_loaded: int) -> kernels.PackedExperts:
@@ -78,7 +80,9 @@ class FfnLoader:
 
     def _empty(self, slots: int, width: int, dtype: torch.dtype) -> kernels.PackedExperts:
         hidden, block = self._config.hidden_size, self._block_of(dtype)
-        return kernels.PackedExperts.empty(slots, hidden, width, dtype=dtype, block=block, device=self._device)
+        return kernels.PackedExperts.empty(
+            slots, hidden, width, dtype=dtype, block=block, arithmetic=self._arithmetic, device=self._device
+        )
 
     def _load(
         self, packed: kernels.PackedExperts, slots: Sequence[int], reader: Reader, prefixes: Sequence[str]

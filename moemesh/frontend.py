@@ -94,7 +94,14 @@ async def _announce(controller: Controller, options: ServeOptions, port: int) ->
         return
     host = options.host
     shown = f"[{host}]" if ":" in host else host
-    logger.info("serving %s on http://%s:%d with %d ranks", options.served_names[0], shown, port, options.ranks)
+    logger.info(
+        "serving %s on http://%s:%d with %d ranks in %s",
+        options.served_names[0],
+        shown,
+        port,
+        options.ranks,
+        controller.view.arithmetic,
+    )
 
 
 async def show_loading(controller: Controller) -> None:

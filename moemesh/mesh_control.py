@@ -9,8 +9,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
+from mesh_config.arithmetic import arithmetics_differ
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
 from moemesh.expert_homes import Orders
@@ -117,6 +119,7 @@ class MeshControl:
         self._watch = make_watch(self.tell)
         self._events: deque[Event] = deque()
         self._placed: dict[Life, tuple[int, Mapping[int, tuple[int, ...]]]] = {}
+        self._unstarted: list[Life] = []
         self._stopping = False
         self._respawns: asyncio.Queue[Life] = asyncio.Queue()
         self.membership = Membership(mesh, placement, settings)
@@ -194,20 +197,31 @@ class MeshControl:
         return await self._respawns.get()
 
     def _hello(self, life: Life, hello: messages.Hello) -> None:
-        """Give a rank the plan it loads by, unless its arithmetic differs from the others'."""
+        """Give a rank the plan it loads by, unless its arithmetic differs from the others'. If that is not settled yet,
+        those who come first wait for the others."""
         self.view.note_hello(hello)
         self._watch.watch(life, hello.pid, hello.host)
         self.tell(HelloSeen(life))
-        sets = self.view.instruction_sets()
-        if len(set(sets.values())) > 1:
-            self.tell(
-                RankFailed(
-                    life, f"ranks differ in their instruction set ({sets}): tokens would depend on who computes them"
-                )
-            )
+        difference = self._difference(hello)
+        if difference:
+            self.tell(RankFailed(life, f"{difference}: tokens would depend on who computes them"))
             self._watch.kill(life)
             return
-        self.send(life, messages.Start(config=self._mesh.to_dict()))
+        self._unstarted.append(life)
+        if self.view.arithmetic != "auto":
+            plan = replace(self._mesh, arithmetic=self.view.arithmetic).to_dict()
+            for each in self._unstarted:
+                self.send(each, messages.Start(config=plan))
+            self._unstarted.clear()
+
+    def _difference(self, hello: messages.Hello) -> str:
+        """In what the rank's arithmetic differs from that of the others; empty: in nothing."""
+        sets = self.view.instruction_sets()
+        if arithmetics_differ(sets.values()):
+            return f"some ranks compute with the C kernels, others without ({sets})"
+        if hello.arithmetic not in ("auto", self.view.arithmetic):
+            return f"rank {hello.rank} was started to compute in {hello.arithmetic}, the mesh in {self.view.arithmetic}"
+        return ""
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:

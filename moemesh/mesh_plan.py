@@ -77,6 +77,7 @@ def mesh_of(options: EngineOptions, model: ModelConfig, *, device: str, machines
         credit_window=options.credit_window,
         prefix_caching=options.enable_prefix_caching,
         prefill_attention=options.prefill_attention,
+        arithmetic=options.arithmetic,
         device=device,
     )
 

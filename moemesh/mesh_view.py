@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mesh_config.arithmetic import settled_arithmetic
 from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
 from moemesh.expert_homes import count_experts
@@ -28,13 +29,17 @@ class RankFacts:
 
 
 class MeshView:
-    """The facts of each rank, beside the state that membership gives it."""
+    """The facts of each rank, beside the state that membership gives it.
+
+    `arithmetic`: what the mesh computes in; "auto" until all ranks have said hello once.
+    """
 
     def __init__(self, mesh: MeshConfig, membership: Membership, *, expert_bytes: int, frontend_pid: int) -> None:
         self._mesh = mesh
         self._membership = membership
         self._expert_bytes = expert_bytes
         self._frontend_pid = frontend_pid
+        self.arithmetic: str = mesh.arithmetic
         self._ranks = {rank: RankFacts(rank=rank) for rank in range(mesh.num_ranks)}
         placement = membership.placement
         self._expert_load = {layer: [0] * len(placement.hosts_of(layer)) for layer in placement.moe_layers}
@@ -51,6 +56,9 @@ class MeshView:
         facts = RankFacts(rank=hello.rank, pid=hello.pid, host=hello.host)
         facts.isa, facts.num_threads = hello.isa, hello.num_threads
         self._ranks[hello.rank] = facts
+        known = self.instruction_sets()
+        if len(known) == self._mesh.num_ranks:
+            self.arithmetic = settled_arithmetic(self.arithmetic, known.values())
 
     def note_progress(self, rank: int, stage: str, done: int, total: int) -> None:
         facts = self._ranks[rank]
@@ -94,6 +102,7 @@ class MeshView:
         return {
             "epoch": view.epoch,
             "frontend_pid": self._frontend_pid,
+            "arithmetic": self.arithmetic,
             "ranks": [self._describe_rank(rank, losses.get(rank, NO_LOSS)) for rank in self._ranks],
             "attention_groups": [list(group) for group in self._mesh.groups],
             "groups": [{"generation": group.generation, "members": list(group.members)} for group in view.groups],

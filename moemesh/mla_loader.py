@@ -36,6 +36,7 @@ class MlaLoader:
         weight_dtype: torch.dtype | None,
         quantize: bool,
         expand: bool,
+        arithmetic: kernels.Arithmetic,
     ) -> None:
         self._config = config
         self._tensors = tensors
@@ -43,6 +44,7 @@ class MlaLoader:
         self._weight_dtype = weight_dtype
         self._quantized = quantize
         self._expand = expand
+        self._arithmetic = arithmetic
 
     def load(self, reader: Reader, layer: int, shards: Shards) -> MultiHeadLatentAttention:
         """One layer with the heads of `shards`."""
@@ -114,7 +116,7 @@ class MlaLoader:
         if scales:
             return kernels.pack_heads(weight_nNK, scales=scales, device=self._device)
         if not self._quantized:
-            return kernels.pack_heads(self.cast(weight_nNK), device=self._device)
+            return kernels.pack_heads(self.cast(weight_nNK), arithmetic=self._arithmetic, device=self._device)
         values, scale_inv = kernels.quantize(weight_nNK.flatten(0, 1))
         scales = [
             kernels.BlockScale(scale_inv=of_head, rows=1, cols=kernels.INT8_BLOCK)
@@ -137,7 +139,9 @@ class MlaLoader:
 
     def pack(self, stored: StoredWeight, *, num_shards: int = 1) -> kernels.PackedLinear:
         if stored.scale_inv is None:
-            return kernels.pack_linear(self.cast(stored.values), num_shards=num_shards, device=self._device)
+            return kernels.pack_linear(
+                self.cast(stored.values), num_shards=num_shards, arithmetic=self._arithmetic, device=self._device
+            )
         return kernels.pack_linear(
             stored.values,
             scale_inv=stored.scale_inv,

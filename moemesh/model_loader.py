@@ -59,12 +59,15 @@ class ModelLoader:
         self._device = device
         self._weight_dtype = weight_dtype
         self._quantized = quantization == "int8"
+        assert mesh.arithmetic != "auto", "the frontend settles it"
+        self._arithmetic = mesh.arithmetic
         self.ffns = FfnLoader(
             self._config,
             checkpoint.tensors,
             device=device,
             weight_dtype=weight_dtype,
             quantized=self._quantized,
+            arithmetic=self._arithmetic,
         )
         """Loads experts; also those that the rank takes over later."""
         self.mla = MlaLoader(
@@ -74,6 +77,7 @@ class ModelLoader:
             weight_dtype=weight_dtype,
             quantize=self._quantized,
             expand=mesh.prefill_attention == "expanded",
+            arithmetic=self._arithmetic,
         )
         """Loads attention layers; also the heads that the rank takes over later."""
         self._report = report
@@ -146,7 +150,8 @@ class ModelLoader:
 
     def _load_router(self, prefix: str) -> Router:
         # As stored, whatever --dtype says: the kernel widens to float32, and half the bytes are the same numbers.
-        weight = kernels.pack_linear(self._books.weight(f"{prefix}weight").values, device=self._device)
+        stored = self._books.weight(f"{prefix}weight").values
+        weight = kernels.pack_linear(stored, arithmetic=self._arithmetic, device=self._device)
         bias = (
             self.mla.vector(self._books, f"{prefix}e_score_correction_bias")
             if self._config.scoring == "sigmoid"

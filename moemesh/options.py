@@ -140,6 +140,13 @@ class EngineOptions(ModelOptions):
         one_of("absorbed", "expanded"),
         metavar="absorbed|expanded",
     )
+    arithmetic: str = flag(
+        "auto",
+        "how products with bfloat16 weights are computed, both as accurate as float32: as such (float32), or as three "
+        "bfloat16 products for AMX (bf16x3: other last bits; auto: where every rank has AMX)",
+        one_of("auto", "float32", "bf16x3"),
+        metavar="auto|float32|bf16x3",
+    )
     fault_tolerance: str = flag(
         "on",
         "on: a rank that dies or stops is given up and its requests go on elsewhere; off: it ends the mesh",

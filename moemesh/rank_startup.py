@@ -99,6 +99,7 @@ def _serve(
             host=socket.gethostname(),
             num_threads=kernels.num_threads(),
             isa=kernels.isa(),
+            arithmetic=options.arithmetic,
         )
     )
     mesh = MeshConfig.from_dict(_await_start(control).config)

@@ -120,7 +120,8 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A rank is there. `isa` names its kernels' instruction set: exactness is promised among equal ones only."""
+    """A rank is there. `isa` names its kernels' instruction set, or torch; `arithmetic` the one it was started with, or
+    auto."""
 
     rank: int
     pid: int
@@ -128,6 +129,7 @@ class Hello:
     host: str
     num_threads: int
     isa: str
+    arithmetic: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ static void pair_column(const Panels *p, int64_t column, const PairRows *rows, i
     for (Stretch s = {.end = k}; s.end < stop && next_stretch(p->matrices, stop - s.end, &s);) {
         Tile t = tile_of(p, column, &s, rows->num_blocks * rows->block_rows, acc);
         t.ahead = t.weights + PREFETCH_BYTES;
-        if (rows->num_blocks > 1 && column + 1 < num_columns)
+        if (num_rows > 2 * TILE_ROWS && column + 1 < num_columns)
             t.ahead = tile_of(p, column + 1, &s, num_rows, acc).weights;
         add_pairs(&t, rows, (s.k - k) / PAIR_STEP);
         if (t.num_waiting)

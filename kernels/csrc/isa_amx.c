@@ -1,9 +1,9 @@
 /* The kernels for AVX-512 with tiles (AMX-TILE, AMX-BF16). */
 #include "kernels.h"
 #if defined(HAVE_AMX)
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16"
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16")
 #endif

@@ -212,7 +212,10 @@ static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) 
 static inline int64_t pair_blocks(int64_t num_rows) { return num_rows <= TILE_ROWS ? 1 : (num_rows + 31) / 32 * 2; }
 static inline int64_t pair_rows(int64_t num_rows) { return round_up(num_rows, pair_blocks(num_rows)); }
 /* k whose parts of the rows are held at a time, so that they stay in the L2 cache. */
-static inline int64_t pair_slice(int64_t num_rows) { return num_rows <= TILE_ROWS ? 2048 : 512; }
+static inline int64_t pair_slice(int64_t num_rows)
+{
+    return num_rows <= TILE_ROWS ? 2048 : num_rows <= 2 * TILE_ROWS ? 1024 : 512;
+}
 
 /* Scratch of panel_gemm: the result, its rows gemm_stride floats apart (not a power of two, so that they do not fall
    into the same sets of a cache); where K is cut in shards, as much again for each level of their tree; for pairs, with

@@ -5,8 +5,11 @@
 #include "pool.h"
 
 #define SMALL_WORK (1 << 16) /* multiply-adds (and, by the same number, weights) not worth waking a worker for */
-#define MOST_PANELS 8        /* panels of one task */
+#define MOST_PANELS 8        /* panels of one task; */
+#define MOST_PAIR_PANELS 16  /* more for pairs, as each task cuts its rows into their parts */
 #define TASKS_PER_THREAD 4   /* where there are as many panels */
+
+static int64_t most_panels(const Matrix *m) { return m->kind == KIND_PAIRS ? MOST_PAIR_PANELS : MOST_PANELS; }
 
 static int is_small(int64_t num_rows, int64_t num_weights) { return num_rows * num_weights <= SMALL_WORK; }
 
@@ -68,7 +71,7 @@ const char *op_heads(const Matrix *m, int64_t num_heads, const float *x, int64_t
         return NULL;
     Product p = {m, x, y, num_heads, row_stride, head_stride, num_rows,
                  .num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK};
-    p.at_once = panels_at_once((m->num_out + PANEL - 1) / PANEL, num_heads * p.num_chunks, MOST_PANELS);
+    p.at_once = panels_at_once((m->num_out + PANEL - 1) / PANEL, num_heads * p.num_chunks, most_panels(m));
     p.num_groups = num_groups(m, p.at_once);
     const Panels panels = group_of(m, 1, 0, p.at_once);
     const int64_t most_rows = num_rows < ROW_CHUNK ? num_rows : ROW_CHUNK;
@@ -206,7 +209,7 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
     const int64_t width = round_up(e->up.num_out, PANEL), hidden = e->down.num_out, num_slots = slots->num_slots;
     const int64_t middle_bytes = round_up(num_slots * width * (int64_t)sizeof(float), 64);
     const int64_t most_rows = num_slots < ROW_CHUNK ? num_slots : ROW_CHUNK;
-    const Panels ups = {&e->gate, 2, 0, MOST_PANELS / 2}, downs = {&e->down, 1, 0, MOST_PANELS};
+    const Panels ups = {&e->gate, 2, 0, most_panels(&e->gate) / 2}, downs = {&e->down, 1, 0, most_panels(&e->down)};
     const int64_t up_scratch = gemm_scratch(&ups, most_rows), down_scratch = gemm_scratch(&downs, most_rows);
     const int64_t lists = (3 * e->num_experts + 2) * (int64_t)sizeof(int64_t) + num_slots * (int64_t)sizeof(int32_t);
     char *buffer = pool_buffer(0, middle_bytes + lists);
@@ -223,10 +226,10 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
     list_busy(&f);
     const int64_t chunks = f.starts[f.num_busy];
     const int alone = is_small(num_slots, 3 * width * hidden);
-    f.at_once = panels_at_once(width / PANEL, chunks, MOST_PANELS / 2);
+    f.at_once = panels_at_once(width / PANEL, chunks, most_panels(&e->gate) / 2);
     f.num_groups = num_groups(&e->up, f.at_once);
     pool_run(up_task, &f, chunks * f.num_groups, alone);
-    f.at_once = panels_at_once((hidden + PANEL - 1) / PANEL, chunks, MOST_PANELS);
+    f.at_once = panels_at_once((hidden + PANEL - 1) / PANEL, chunks, most_panels(&e->down));
     f.num_groups = num_groups(&e->down, f.at_once);
     pool_run(down_task, &f, chunks * f.num_groups, alone);
     return NULL;

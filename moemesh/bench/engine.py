@@ -62,8 +62,7 @@ def bench_engine(options: BenchEngineOptions) -> None:
     plan = plan_mesh(options.engine_options())
     cases = plan_cases(options, plan)
     threads = threads_per_rank(options, options.ranks) * options.ranks
-    probe = MachineProbe(num_threads=threads, device=plan.mesh.device)
-    figures = asyncio.run(_measure(options, plan, cases, probe))
+    figures = asyncio.run(_measure(options, plan, cases, threads))
     print(describe(figures))
     if options.save_result is not None:
         write_result(options.save_result, result_document(options, figures))
@@ -104,13 +103,19 @@ def _plan_case(options: BenchEngineOptions, plan: MeshPlan, batch_size: int, pro
 
 
 async def _measure(
-    options: BenchEngineOptions, plan: MeshPlan, cases: Sequence[Case], probe: MachineProbe
+    options: BenchEngineOptions, plan: MeshPlan, cases: Sequence[Case], num_threads: int
 ) -> dict[str, Any]:
     draw = random.Random(options.seed)
     done = []
     metrics = Metrics()
     async with started_mesh(options.engine_options(), plan, metrics) as controller:
         await show_loading(controller)
+        arithmetic = controller.view.arithmetic
+        probe = MachineProbe(
+            num_threads=num_threads,
+            device=plan.mesh.device,
+            arithmetic="bf16x3" if arithmetic == "bf16x3" else "float32",
+        )
         engine = _Engine(controller, metrics, draw)
         await engine.prefill(engine.prompts(1, cases[0].prompt_tokens))  # makes what is made at first use
         await engine.take_counted()
@@ -119,7 +124,7 @@ async def _measure(
             runs = [await engine.run(case) for _ in range(options.repeats)]
             rates = before.best(probe.measure())
             done.append(_case_figures(options, plan, case, runs, rates))
-    return {"mesh": _describe_mesh(options, plan), "cases": done}
+    return {"mesh": _describe_mesh(options, plan) | {"arithmetic": arithmetic}, "cases": done}
 
 
 class _Engine:
@@ -285,5 +290,5 @@ def describe(figures: dict[str, Any]) -> str:
     gemm = max(case["gemm_flops_per_s"] for case in figures["cases"]) / 1e9
     mesh = figures["mesh"]
     title = f"ranks {mesh['ranks']}, threads {mesh['threads_per_rank']} each, attention TP {mesh['attention_tp']}"
-    limits = f"this machine reads {read:.1f} GB/s and multiplies {gemm:.0f} GFLOP/s"
+    limits = f"this machine reads {read:.1f} GB/s and multiplies {gemm:.0f} GFLOP/s ({mesh['arithmetic']})"
     return "\n".join((title, table(header, rows), limits))

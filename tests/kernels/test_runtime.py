@@ -13,7 +13,7 @@ pytestmark = needs_native
 
 
 def test_the_runtime_says_what_it_is() -> None:
-    assert kernels.isa() in ("avx512", "avx2", "generic")
+    assert kernels.isa() in ("amx", "avx512", "avx2", "generic")
     assert kernels.native_reason() == ""
     with pytest.raises(ValueError, match="does not run that instruction set"):
         kernels.force_isa("abacus")

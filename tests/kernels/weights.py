@@ -32,17 +32,31 @@ def stored(
 
 
 def packed(
-    num_out: int, num_in: int, dtype: torch.dtype, *, num_shards: int = 1, block: tuple[int, int] = (128, 128)
+    num_out: int,
+    num_in: int,
+    dtype: torch.dtype,
+    *,
+    num_shards: int = 1,
+    block: tuple[int, int] = (128, 128),
+    arithmetic: kernels.Arithmetic = "float32",
 ) -> kernels.PackedLinear:
     weight, scale = stored(num_out, num_in, dtype, block=block)
-    return kernels.pack_linear(weight, scale_inv=scale, block=block, num_shards=num_shards)
+    return kernels.pack_linear(weight, scale_inv=scale, block=block, num_shards=num_shards, arithmetic=arithmetic)
 
 
 def experts(
-    num_experts: int, hidden: int, width: int, dtype: torch.dtype, *, block: tuple[int, int] = (128, 128)
+    num_experts: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    block: tuple[int, int] = (128, 128),
+    arithmetic: kernels.Arithmetic = "float32",
 ) -> kernels.PackedExperts:
-    scaled = dtype in SCALED
-    bank = kernels.PackedExperts.empty(num_experts, hidden, width, dtype=dtype, block=block if scaled else None)
+    scales_block = block if dtype in SCALED else None
+    bank = kernels.PackedExperts.empty(
+        num_experts, hidden, width, dtype=dtype, block=scales_block, arithmetic=arithmetic
+    )
     for slot in range(num_experts):
         gate, gate_scale = stored(width, hidden, dtype, block=block, seed=3 * slot)
         up, up_scale = stored(width, hidden, dtype, block=block, seed=3 * slot + 1)
@@ -54,7 +68,9 @@ def experts(
     return bank
 
 
-def heads(num_heads: int, num_out: int, num_in: int, dtype: torch.dtype) -> kernels.PackedHeads:
+def heads(
+    num_heads: int, num_out: int, num_in: int, dtype: torch.dtype, *, arithmetic: kernels.Arithmetic = "float32"
+) -> kernels.PackedHeads:
     """Heads of one matrix [num_heads * num_out, num_in], whose scale blocks (48, 50) end anywhere in them."""
     weight, scale = stored(num_heads * num_out, num_in, dtype, block=(48, 50))
     starts = range(0, num_heads * num_out, num_out)
@@ -65,7 +81,7 @@ def heads(num_heads: int, num_out: int, num_in: int, dtype: torch.dtype) -> kern
         for start in starts
         if scale is not None
     ]
-    return kernels.pack_heads(weight.view(num_heads, num_out, num_in), scales=scales)
+    return kernels.pack_heads(weight.view(num_heads, num_out, num_in), scales=scales, arithmetic=arithmetic)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -63,8 +63,10 @@ class FakeRanks:
         return [message for _, message in self.sent if isinstance(message, kind)]
 
 
-def hello(rank: int, isa: str = "avx2", *, host: str = "elsewhere", pid: int = 100) -> messages.Hello:
-    return messages.Hello(rank=rank, pid=pid, incarnation=0, host=host, num_threads=1, isa=isa)
+def hello(
+    rank: int, isa: str = "avx2", *, host: str = "elsewhere", pid: int = 100, arithmetic: str = "auto"
+) -> messages.Hello:
+    return messages.Hello(rank=rank, pid=pid, incarnation=0, host=host, num_threads=1, isa=isa, arithmetic=arithmetic)
 
 
 def tokens(request_id: int, position: int, *ids: int, generation: int = 0, **fields: Any) -> messages.Outputs:
@@ -82,6 +84,7 @@ async def loading(
     *,
     attention_ranks: int | None = None,
     attention_tp: int = 1,
+    arithmetic: str = "float32",
     queue_timeout: float | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[Controller, FakeRanks]]:
@@ -94,6 +97,7 @@ async def loading(
         attention_tp=attention_tp,
         max_model_len=512,
         num_cache_blocks=BLOCKS,
+        arithmetic=arithmetic,
     )
     placement = even_placement(model.num_experts, model.moe_layers, mesh.expert_ranks, num_ranks)
     ranks = FakeRanks()
@@ -163,10 +167,28 @@ def test_ranks_get_the_plan_and_requests_are_taken_when_all_are_ready() -> None:
 def test_ranks_of_different_arithmetic_are_no_mesh() -> None:
     async def check() -> None:
         async with loading(2) as (controller, ranks):
-            await ranks.say(hello(0, "avx2"), hello(1, "avx512"))
-            with pytest.raises(EngineFailed, match="differ in their instruction set"):
+            await ranks.say(hello(0, "avx2"), hello(1, "torch"))
+            with pytest.raises(EngineFailed, match="some ranks compute with the C kernels, others without"):
                 await controller.wait_ready()
             assert controller.status().state == "failed"
+        async with loading(2) as (controller, ranks):
+            await ranks.say(hello(0), hello(1, arithmetic="bf16x3"))
+            with pytest.raises(EngineFailed, match=r"rank 1 was started to compute in bf16x3, the mesh in float32"):
+                await controller.wait_ready()
+
+    run(check())
+
+
+@pytest.mark.parametrize(("second", "settled"), [("amx", "bf16x3"), ("avx512", "float32")])
+def test_an_open_arithmetic_is_settled_by_all_ranks_before_any_starts(second: str, settled: str) -> None:
+    async def check() -> None:
+        async with loading(2, arithmetic="auto") as (controller, ranks):
+            await ranks.say(hello(0, "amx"))
+            assert not ranks.told(messages.Start)
+            assert controller.mesh()["arithmetic"] == "auto"
+            await ranks.say(hello(1, second))
+            assert [message.config["arithmetic"] for message in ranks.told(messages.Start)] == [settled, settled]
+            assert controller.mesh()["arithmetic"] == settled
 
     run(check())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mesh_config import MeshConfig, even_placement
 from moemesh.membership import Membership
 from moemesh.membership_records import MembershipSettings
@@ -9,8 +11,8 @@ from moemesh.mesh_view import MeshView
 from transport import messages
 
 
-def _view() -> MeshView:
-    mesh = MeshConfig(num_ranks=3, attention_ranks=2, attention_tp=2, max_model_len=64)
+def _view(arithmetic: Literal["auto", "float32"] = "float32") -> MeshView:
+    mesh = MeshConfig(num_ranks=3, attention_ranks=2, attention_tp=2, max_model_len=64, arithmetic=arithmetic)
     placement = even_placement(4, (1, 2), mesh.expert_ranks, 3)
     membership = Membership(mesh, placement, MembershipSettings())
     return MeshView(mesh, membership, expert_bytes=10, frontend_pid=11)
@@ -51,3 +53,12 @@ def test_instruction_sets_are_those_of_the_ranks_that_came() -> None:
     view.note_hello(_hello(0))
     view.note_hello(_hello(1, "avx512"))
     assert view.instruction_sets() == {0: "avx2", 1: "avx512"}
+
+
+def test_the_arithmetic_stays_as_it_was_settled() -> None:
+    view = _view("auto")
+    for rank in range(3):
+        assert view.describe()["arithmetic"] == "auto"
+        view.note_hello(_hello(rank, "amx"))
+    view.note_hello(_hello(1, "avx2"))  # another life, on another machine
+    assert view.describe()["arithmetic"] == "bf16x3"

@@ -55,7 +55,9 @@ def _rank(folder: Path, *, quantized: bool = False, free_memory: Callable[[], in
     config = load_model_config(folder)
     checkpoint = Checkpoint(folder, config, Checksums())
     checkpoint.open_all()
-    ffns = FfnLoader(config, checkpoint.tensors, device=CPU, weight_dtype=None, quantized=quantized)
+    ffns = FfnLoader(
+        config, checkpoint.tensors, device=CPU, weight_dtype=None, quantized=quantized, arithmetic="float32"
+    )
     packed = ffns.expert_bank(FIRST, len(HERE))
     for slot, expert in enumerate(HERE):
         ffns.load_experts(packed, [slot], checkpoint, FIRST, [expert])

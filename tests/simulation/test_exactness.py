@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import kernels
 from moemesh.sampling_params import SamplingParams
 from tests.oracle import write_random_checkpoint
 from tests.simulation.local_mesh import LocalMesh, Result
@@ -82,6 +83,64 @@ def test_every_mesh_gives_the_same_bits(
     mesh = LocalMesh(folder, seed=5, **shape)
     assert facts(mesh.generate(prompts, GREEDY)) == alone["greedy"]
     assert facts(mesh.generate(prompts, DRAWN)) == alone["drawn"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bfloat16, of widths that bf16x3 takes in every matrix, also in the smallest piece of a sum."""
+    return write_random_checkpoint(
+        tmp_path_factory.mktemp("models") / "model",
+        3,
+        dtype="bfloat16",
+        num_attention_heads=8,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        q_lora_rank=64,
+        moe_intermediate_size=64,
+        intermediate_size=96,
+        n_routed_experts=10,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs_alone(pairs: Path, prompts: list[list[int]]) -> list[tuple[Any, ...]]:
+    mesh = LocalMesh(pairs, arithmetic="bf16x3")
+    attention = mesh.models[0].attention
+    assert attention is not None
+    layer = attention.layers[0].attention.weights
+    assert all(packed.in_pairs for packed in (layer.query_up, layer.latent_down, layer.key_up, *layer.output))
+    return facts([mesh.generate([prompt], GREEDY)[0] for prompt in prompts])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_ranks": 1, "max_num_batched_tokens": 7},
+        {"num_ranks": 2, "attention_tp": 1, "micro_batches": 2},
+        {"num_ranks": 4, "attention_tp": 4},
+        {"num_ranks": 5, "attention_ranks": 2, "attention_tp": 2},
+        {"num_ranks": 8, "attention_tp": 8, "max_num_batched_tokens": 50},
+    ],
+    ids=lambda shape: "-".join(f"{k}={v}" for k, v in shape.items()),
+)
+def test_every_mesh_gives_the_same_bits_in_bf16x3(
+    pairs: Path, prompts: list[list[int]], pairs_alone: list[tuple[Any, ...]], shape: dict[str, Any]
+) -> None:
+    assert facts(LocalMesh(pairs, seed=5, arithmetic="bf16x3", **shape).generate(prompts, GREEDY)) == pairs_alone
+
+
+def test_a_mesh_without_tiles_gives_the_same_bits_in_bf16x3(
+    pairs: Path, prompts: list[list[int]], pairs_alone: list[tuple[Any, ...]]
+) -> None:
+    mesh = LocalMesh(pairs, arithmetic="bf16x3")
+    kernels.force_isa("generic")
+    try:
+        assert facts(mesh.generate(prompts, GREEDY)) == pairs_alone
+    finally:
+        kernels.force_isa(None)
 
 
 @pytest.mark.parametrize("seed", range(8))
