@@ -6,12 +6,15 @@ What the names stand for is said in kernels/runtime.py.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
+
+Arithmetic = Literal["auto", "float32", "bf16x3"]
 
 _TILES = "amx"
 _TORCH = "torch"
 
 
-def settled_arithmetic(wanted: str, instruction_sets: Collection[str]) -> str:
+def settled_arithmetic(wanted: Arithmetic, instruction_sets: Collection[str]) -> Arithmetic:
     """`wanted`, or if that is auto the one that is faster with the instruction sets of all ranks."""
     if wanted != "auto":
         return wanted

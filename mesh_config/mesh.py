@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from mesh_config.arithmetic import Arithmetic
 from mesh_config.errors import ConfigError
 from mesh_config.model_shape import ModelConfig
 
@@ -46,7 +47,7 @@ class MeshConfig:
     credit_window: int = 16
     prefix_caching: bool = True
     prefill_attention: Literal["absorbed", "expanded"] = "absorbed"
-    arithmetic: Literal["auto", "float32", "bf16x3"] = "float32"
+    arithmetic: Arithmetic = "float32"
     block_size: int = BLOCK_SIZE
     device: Literal["cpu", "cuda"] = "cpu"
     machines: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mesh_config.arithmetic import settled_arithmetic
+from mesh_config.arithmetic import Arithmetic, settled_arithmetic
 from mesh_config.coverage import NO_LOSS, Loss, coverage
 from mesh_config.mesh import MeshConfig
 from moemesh.expert_homes import count_experts
@@ -39,7 +39,7 @@ class MeshView:
         self._membership = membership
         self._expert_bytes = expert_bytes
         self._frontend_pid = frontend_pid
-        self.arithmetic: str = mesh.arithmetic
+        self.arithmetic: Arithmetic = mesh.arithmetic
         self._ranks = {rank: RankFacts(rank=rank) for rank in range(mesh.num_ranks)}
         placement = membership.placement
         self._expert_load = {layer: [0] * len(placement.hosts_of(layer)) for layer in placement.moe_layers}

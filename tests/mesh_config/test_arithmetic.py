@@ -3,6 +3,7 @@
 import pytest
 
 from mesh_config import arithmetics_differ, settled_arithmetic
+from mesh_config.arithmetic import Arithmetic
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from mesh_config import arithmetics_differ, settled_arithmetic
         ("float32", ["amx"], "float32"),
     ],
 )
-def test_auto_takes_tiles_where_everybody_has_them(wanted: str, sets: list[str], settled: str) -> None:
+def test_auto_takes_tiles_where_everybody_has_them(wanted: Arithmetic, sets: list[str], settled: str) -> None:
     assert settled_arithmetic(wanted, sets) == settled
 
 
