@@ -77,9 +77,11 @@ class Checkpoint:
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._read(self._info(name), name, None, (start, stop))
 
-    def weight(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> StoredWeight:
-        """A matrix or a slice of it, in the format it has."""
-        values = self._read(self._info(name), name, rows, columns)
+    def weight(
+        self, name: str, *, rows: Range | None = None, columns: Range | None = None, unit: int | None = None
+    ) -> StoredWeight:
+        """A matrix or a slice of it, in the format it has. `unit`: others may read other multiples of so many rows."""
+        values = self._read(self._info(name), name, rows, columns, unit)
         offset = ((rows or (0, 0))[0], (columns or (0, 0))[0])
         scale_info = self.tensors.get(name + SCALE_SUFFIX)
         if scale_info is None:
@@ -143,13 +145,15 @@ class Checkpoint:
             raise CheckpointError((f"{self.folder}: {name} is not among the tensors served",))
         return self.tensors[name]
 
-    def _read(self, info: TensorInfo, name: str, rows: Range | None, columns: Range | None) -> torch.Tensor:
+    def _read(
+        self, info: TensorInfo, name: str, rows: Range | None, columns: Range | None, unit: int | None = None
+    ) -> torch.Tensor:
         for axis, part in enumerate((rows, columns)):
             if part is not None and not 0 <= part[0] <= part[1] <= info.shape[axis]:
                 raise CheckpointError((f"{info.path}: {name} has shape {list(info.shape)}, no {part} on axis {axis}",))
         tensor = self._file(info.path).read(info, rows)
         if self._checksums is not None:
-            self._checksums.check(info, name, rows, tensor)
+            self._checksums.check(info, name, rows, tensor, unit)
         if columns is not None:
             tensor = tensor[:, columns[0] : columns[1]]
         self.bytes_read += tensor.numel() * tensor.element_size()
@@ -198,9 +202,11 @@ class LoadLedger:
         self._note(name)
         return self._checkpoint.columns(name, start, stop)
 
-    def weight(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> StoredWeight:
+    def weight(
+        self, name: str, *, rows: Range | None = None, columns: Range | None = None, unit: int | None = None
+    ) -> StoredWeight:
         self._note(name)
-        return self._checkpoint.weight(name, rows=rows, columns=columns)
+        return self._checkpoint.weight(name, rows=rows, columns=columns, unit=unit)
 
     def float32(self, name: str, *, rows: Range | None = None, columns: Range | None = None) -> torch.Tensor:
         self._note(name)

@@ -31,10 +31,15 @@ class Checksums:
     def unknown(self) -> int:
         return len(self._read.keys() - self._known.keys())
 
-    def check(self, info: TensorInfo, name: str, rows: tuple[int, int] | None, values: Tensor) -> None:
-        """Note what was read. CheckpointError where it is not what was read the first time."""
-        part = "" if rows is None or rows == (0, info.shape[0]) else f"[{rows[0]}:{rows[1]}]"
-        self.compare(info, name, kernels.checksum(values), part=part)
+    def check(
+        self, info: TensorInfo, name: str, rows: tuple[int, int] | None, values: Tensor, unit: int | None = None
+    ) -> None:
+        """Note what was read, by `unit` rows. CheckpointError where it is not what was read the first time."""
+        first, stop = rows or (0, info.shape[0])
+        for start in range(first, stop, unit or max(1, stop - first)):
+            end = stop if unit is None else min(stop, start + unit)
+            part = "" if (start, end) == (0, info.shape[0]) else f"[{start}:{end}]"
+            self.compare(info, name, kernels.checksum(values[start - first : end - first]), part=part)
 
     def compare(self, info: TensorInfo, name: str, found: int, *, part: str = "") -> None:
         """The same for a checksum; `part` says which rows it is of."""

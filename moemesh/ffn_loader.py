@@ -26,7 +26,12 @@ class Reader(Protocol):
     """What weights are read from: a checkpoint, or the books kept on it."""
 
     def weight(
-        self, name: str, *, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+        self,
+        name: str,
+        *,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+        unit: int | None = None,
     ) -> StoredWeight: ...
 
     def float32(

@@ -33,16 +33,19 @@ class HeadLoader:
         loader: MlaLoader,
         checkpoint: Checkpoint,
         *,
+        prepare: Callable[[], object] = lambda: None,
         free_memory: Callable[[], int] = available_memory,
     ) -> None:
-        """The checkpoint is this object's alone from now on. Its files are opened now: they may be unlinked later."""
+        """The checkpoint's files are opened now: they may be unlinked later. `prepare` comes before reading."""
         checkpoint.open_all()
+        self._prepare = prepare
         self._loader = loader
         self._checkpoint = checkpoint
         self._free_memory = free_memory
 
     def load(self, layers: Layers, shards: Shards) -> Layers:
         """The layers with the heads of `shards`. CheckpointError, OSError or MemoryError where that cannot be."""
+        self._prepare()
         with kernels.aside():
             return [self._load(layer, loaded, shards) for layer, loaded in enumerate(layers)]
 

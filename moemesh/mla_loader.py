@@ -79,12 +79,13 @@ class MlaLoader:
         return sum(sizes) * (shards[1] - shards[0]) // whole
 
     def _load_heads(self, reader: Reader, prefix: str, shards: Shards) -> dict[str, Any]:
-        config = self._config
-        heads = _scaled(shards, config.num_heads // config.num_logical_shards)
+        config, heads_per_shard = self._config, self._config.num_heads // self._config.num_logical_shards
+        heads = _scaled(shards, heads_per_shard)
+        query_rows = _scaled(heads, config.qk_head_dim)
         query_up = f"{prefix}{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}.weight"
         subtrees = maximal_subtrees(*shards, config.num_logical_shards)
         return {
-            "query_up": self._linear(reader, query_up, rows=_scaled(heads, config.qk_head_dim)),
+            "query_up": self._linear(reader, query_up, rows=query_rows, unit=heads_per_shard * config.qk_head_dim),
             **self._load_key_value_up(reader, f"{prefix}kv_b_proj.weight", heads),
             "output": tuple(self._load_output(reader, f"{prefix}o_proj.weight", subtree) for subtree in subtrees),
         }
@@ -94,7 +95,8 @@ class MlaLoader:
         and the keys' part as it is where prompts are expanded."""
         config = self._config
         keys_end, per_head = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
-        stored = reader.weight(name, rows=_scaled(heads, per_head))
+        unit = config.num_heads // config.num_logical_shards * per_head
+        stored = reader.weight(name, rows=_scaled(heads, per_head), unit=unit)
         weight_NPC = stored.values.view(heads[1] - heads[0], per_head, config.kv_lora_rank)
         keys, values = weight_NPC[:, :keys_end], weight_NPC[:, keys_end:]
         key_scales, value_scales = [], []
@@ -133,8 +135,10 @@ class MlaLoader:
             stored = reader.weight(name, columns=columns)
         return self.pack(stored, num_shards=subtree[1] - subtree[0])
 
-    def _linear(self, reader: Reader, name: str, *, rows: Shards | None = None) -> kernels.PackedLinear:
-        stored = reader.weight(name, rows=rows)
+    def _linear(
+        self, reader: Reader, name: str, *, rows: Shards | None = None, unit: int | None = None
+    ) -> kernels.PackedLinear:
+        stored = reader.weight(name, rows=rows, unit=unit)
         return self.pack(quantized(stored.values) if self._quantized else stored)
 
     def pack(self, stored: StoredWeight, *, num_shards: int = 1) -> kernels.PackedLinear:

@@ -134,7 +134,7 @@ def _serve(
         device=device,
         idle=idle,
         heart=heart,
-        head_loader=HeadLoader(loader.mla, checkpoint),
+        head_loader=HeadLoader(loader.mla, checkpoint, prepare=lambda: checksums.learn(place.run.all_checksums())),
         executor=ThreadPoolExecutor(1, "heads"),
         make_take_over=_take_over_maker(checkpoint, checksums, loader.ffns, place, bell),
         trace=trace,

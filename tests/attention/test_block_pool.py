@@ -209,3 +209,19 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 TestBlockPoolMachine = BlockPoolMachine.TestCase
 TestBlockPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_blocks_of_another_life_are_claimed() -> None:
+    pool = BlockPool(6, 4)
+    pool.claim([4, 1, 4])
+    assert pool.num_used == 2
+    assert sorted(pool.allocate(4)) == [0, 2, 3, 5]
+    pool.publish(4, b"full")
+    assert pool.is_published(4)
+    assert not pool.is_published(1)
+    pool.free([4])
+    assert pool.num_used == 6, "it is shared"
+    pool.free([4])
+    assert pool.find([b"full"]) == [4]
+    with pytest.raises(AssertionError, match=r"blocks \[4\] were claimed and are published"):
+        pool.claim([4])

@@ -24,3 +24,12 @@ def test_memory_is_taken_as_blocks_are_written() -> None:
     assert cache.layer(0).nbytes == 2 << 30
     cache.layer(1)[100] = 1.0
     assert process.memory_info().rss - before < 100 << 20
+
+
+def test_blocks_are_read_out_and_written_at_the_same_places() -> None:
+    ours, theirs = (LatentCache(num_layers=2, num_blocks=5, width=3, device=torch.device("cpu")) for _ in range(2))
+    ours.layer(1).copy_(torch.rand(5, BLOCK_SIZE, 3))
+    theirs.write(1, [4, 2], ours.read(1, [4, 2]))
+    assert torch.equal(theirs.layer(1)[[2, 4]], ours.layer(1)[[2, 4]])
+    assert not theirs.layer(1)[[0, 1, 3]].any()
+    assert not theirs.layer(0).any()
