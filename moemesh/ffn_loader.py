@@ -112,7 +112,8 @@ class FfnLoader:
             checksums = packed.load_files(slots, [reader.place(name) for name in names], scales)
         except (OSError, EOFError, ValueError) as error:
             paths = sorted({str(self._tensors[name].path) for name in names})
-            raise CheckpointError((f"{', '.join(paths)}: {names[0]} cannot be read: {error}",)) from error
+            what = "is truncated" if isinstance(error, EOFError) else "cannot be read"
+            raise CheckpointError((f"{', '.join(paths)}: {what}, at {names[0]} or behind it: {error}",)) from error
         for name, checksum in zip(names, checksums, strict=True):
             reader.was_read(name, checksum)
 

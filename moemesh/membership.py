@@ -66,6 +66,9 @@ _LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
     }
 )
 
+_HOPE = 3
+"""Requests wait for a lost rank until so many of its lives in a row have failed."""
+
 
 class Membership:
     """Feed it every event with the time; carry out what it returns, in order."""
@@ -154,7 +157,7 @@ class Membership:
     @property
     def stranded(self) -> str:
         """Why nobody can compute anything for now: experts are missing, and neither loaded nor about to come back."""
-        if not self._started or not self.homes.stranded or self._may_return():
+        if not self._started or not self.homes.stranded or any(map(self._gives_hope, self._ranks)):
             return ""
         why = "; ".join(f"rank {rank}: {problem}" for rank, problem in sorted(self.homes.problems.items()))
         return f"{self.homes.missing} experts were lost and cannot be loaded again: {why}"
@@ -393,6 +396,13 @@ class Membership:
         lost = self._ranks[missing[0]] if nowhere else dead[0]
         what = "experts that no rank can load" if nowhere else "the last attention group"
         self._fail(f"{lost.life}, with {what}: {lost.reason}")
+
+    def _gives_hope(self, record: RankRecord) -> bool:
+        """A lost rank may soon be back with its experts: it is tried again for good, but not waited for."""
+        if record.living or record.failures > _HOPE:
+            return False
+        fenced = not record.ended and record.killed_at is None
+        return record.state == "joining" or fenced or self._settings.respawn
 
     def _may_return(self) -> bool:
         """Some rank may yet become what is missing."""

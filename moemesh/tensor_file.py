@@ -50,5 +50,6 @@ class TensorFile:
         try:
             kernels.read_into(self._file, self._data_start + info.begin + skipped, tensor)
         except (OSError, EOFError) as error:
-            raise CheckpointError((f"{self._path}: cannot be read: {error}",)) from error
+            what = "is truncated" if isinstance(error, EOFError) else "cannot be read"
+            raise CheckpointError((f"{self._path}: {what}: {error}",)) from error
         return tensor

@@ -139,6 +139,20 @@ class Degraded:
 
 
 @dataclass(frozen=True)
+class Crippled:
+    """At the end the mesh is there, cannot serve, and says so."""
+
+    def judge(self, history: History, window: Window) -> Verdict:
+        seen = [sample for sample in history.views if sample.moment < window.end]
+        if not seen:
+            return Verdict(check="crippled", passed=False, found="nobody answered on /mesh")
+        last = seen[-1]
+        passed = last.reachable and last.health == 503 and last.degraded
+        said = "says" if last.degraded else "does not say"
+        return Verdict(check="crippled", passed=passed, found=f"/health {last.health} {said} degraded")
+
+
+@dataclass(frozen=True)
 class Rate:
     """Tokens per second, against those of the steady phase."""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tests.chaos.checks import (
     Check,
     Complete,
+    Crippled,
     CrowdRefused,
     Degraded,
     EndsWith,
@@ -187,6 +188,13 @@ STOPS = (
         checks=survives(LongestGap(1), NeverStill(1), back_s=10),
     ),
     Scenario(
+        name="stop-experts",
+        row="SIGSTOP a rank; SIGCONT 5 s later",
+        flags=EXPERTS_APART,
+        events=stop_and_continue(Role.EXPERTS_ONLY),
+        checks=survives(LongestGap(1), NeverStill(1), back_s=10),
+    ),
+    Scenario(
         name="stop-rank",
         row="SIGSTOP a rank; SIGCONT 5 s later",
         flags=TWO_GROUPS,
@@ -251,6 +259,20 @@ CHECKPOINTS = (
         outcome="degraded",
         own_checkpoint=True,
         checks=serves_on(Degraded()),
+    ),
+    Scenario(
+        name="truncated-at-take-over",
+        row="a checkpoint that cannot be read at take-over leaves the mesh degraded and saying so, not dead",
+        flags=(*EXPERTS_APART, "--respawn", "off"),
+        events=join_after("truncated shard"),
+        outcome="degraded",
+        own_checkpoint=True,
+        settle_s=5.0,
+        checks={
+            "steady": (Flowing(),),
+            "fault": (Told(10),),
+            "recovered": (Identical(), RefusedByName(), Crippled(), NothingLeft(10), EndsWith(zero=True)),
+        },
     ),
     Scenario(
         name="full-disk-at-take-over",

@@ -122,6 +122,17 @@ def test_degraded_and_saying_so() -> None:
     assert not passes(checks.Degraded(), seen)
 
 
+def test_crippled_and_saying_so() -> None:
+    seen = struck(WELL)
+    assert not passes(checks.Crippled(), seen)
+    seen.views = [replace(view(11.0, ("up", 0), ("dead", 0), body='{"degraded": true}'), health=503)]
+    assert passes(checks.Crippled(), seen)
+    seen.views.append(view(12.0, ("up", 0), ("dead", 0), body='{"degraded": true}'))
+    assert not passes(checks.Crippled(), seen)
+    seen.views.append(view(13.0))
+    assert not passes(checks.Crippled(), seen)
+
+
 def test_rate_against_the_steady_phase() -> None:
     seen = history(stream([1.0, 2.0, 11.0]))
     assert passes(checks.Rate(0.5), seen)

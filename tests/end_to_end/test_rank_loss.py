@@ -57,7 +57,7 @@ def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
         expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
 
         assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
-        assert rank_of(mesh, 1)["state"] == "dead"
+        eventually(lambda: rank_of(mesh, 1)["state"] == "dead", what="it is given up")
         process_of(mesh, 1).resume()
         eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
         assert rank_of(mesh, 1)["incarnation"] == 1
@@ -78,7 +78,7 @@ def test_ranks_with_replicas_of_their_experts_are_stopped_and_killed() -> None:
         expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
 
         assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).suspend) == expected
-        assert rank_of(mesh, 1)["state"] == "dead"
+        eventually(lambda: rank_of(mesh, 1)["state"] == "dead", what="it is given up")
         process_of(mesh, 1).resume()
         eventually(lambda: rank_of(mesh, 1)["state"] == "up", timeout_s=10, what="it is back")
 

@@ -337,5 +337,5 @@ def test_a_file_cut_short_after_it_was_checked(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     truncate(tmp_path / "model.safetensors", 5000)
     last = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].end)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: 0 of .* bytes are there"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is truncated: 0 of .* bytes are there"):
         checkpoint.tensor(last)

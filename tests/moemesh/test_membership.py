@@ -453,6 +453,23 @@ def test_lost_experts_wait_for_who_may_come_back_where_nobody_can_load_them() ->
     assert "2 experts were lost and cannot be loaded again: rank 2: truncated" in mesh.membership.stranded
 
 
+def test_requests_do_not_wait_for_ever_for_a_rank_that_cannot_start_again() -> None:
+    mesh = Mesh().start()
+    mesh.tell(ProcessEnded(Life(3)))
+    mesh.tell(HostingSeen(Life(2), {}, {1: (2, 3)}, "truncated"))
+    tries = 0
+    while not mesh.membership.stranded:
+        tries += 1
+        while mesh.states()[3] != "joining":
+            mesh.wait(TICK_SECONDS)
+            mesh.tell(HostingSeen(Life(2), {}, {1: (2, 3)}, "truncated"))
+        mesh.tell(SpawnFailed(mesh.membership.present(3), "truncated"))
+    assert tries == 3
+    assert of(Respawn, mesh.wait(10.0)), "it is tried again all the same"
+    mesh.tell(HostingSeen(Life(2), {}, {1: (2, 3)}, "truncated"))
+    assert "rank 2: truncated" in mesh.membership.stranded
+
+
 def test_experts_with_replicas_are_served_by_these() -> None:
     mesh = Mesh(respawn=False, redundant=4).start()
     before = mesh.membership.placement

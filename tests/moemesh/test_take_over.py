@@ -195,7 +195,7 @@ def test_a_truncated_file_is_refused_by_name(rank: _Rank) -> None:
     rank.want({SECOND: (4, 5)})
     taken = rank.finish()
     assert taken.experts == {}
-    assert all("cannot be read" in problem for problem in taken.problems)
+    assert all("is truncated" in problem for problem in taken.problems)
     assert len(taken.problems) == 2
     assert taken.to_message() == Hosting({}, {SECOND: [4, 5]}, "; ".join(taken.problems))
     assert rank.slots(SECOND) == ()
