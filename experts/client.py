@@ -51,7 +51,7 @@ class WorkId:
 class DispatchStats:
     """Counters of the caller since start: bytes of tokens that left this rank, seconds from the first frame of a call
     to its last answer; calls asked again because an answer was late, and because a rank was gone or did not host the
-    expert; answers dropped because the call was over, or answered already."""
+    expert; answers dropped because the call was over, or answered already, or because they were none."""
 
     bytes_sent: int = 0
     seconds: float = 0.0
@@ -59,6 +59,7 @@ class DispatchStats:
     rerouted: int = 0
     late_answers: int = 0
     double_answers: int = 0
+    malformed_answers: int = 0
 
 
 class ExpertClient:
@@ -219,9 +220,11 @@ class ExpertClient:
             self._refused(key, call, asked)
         else:
             self._trips[asked.rank].observe(asked.num_slots, self._clock() - asked.sent)
-            if not call.accept(asked, frame.tensors):
+            if not call.fits(asked, frame.tensors):
+                self.stats.malformed_answers += 1
+                self._retry(call, self._clock())
+            elif not call.accept(asked, frame.tensors):
                 self.stats.double_answers += 1
-                self._retry(call, self._clock())  # where it was no answer at all
 
     def _refused(self, key: _Key, call: PendingCall, asked: Asked) -> None:
         """Another host may have it; or its placement is older than ours, and it will have it in a moment."""

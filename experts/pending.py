@@ -135,7 +135,7 @@ class PendingCall:
     def accept(self, asked: Asked, tensors: Sequence[Tensor]) -> bool:
         """Take an answer in; False where it is not what was asked for, or was there already."""
         part = self._parts[asked.part]
-        if part.answer is not None or not self._fits(asked, tensors):
+        if part.answer is not None or not self.fits(asked, tensors):
             return False
         rows = tensors[0]
         if asked.slots is None:
@@ -145,7 +145,8 @@ class PendingCall:
         self._unanswered -= part.answer is not None
         return True
 
-    def _fits(self, asked: Asked, tensors: Sequence[Tensor]) -> bool:
+    def fits(self, asked: Asked, tensors: Sequence[Tensor]) -> bool:
+        """Whether an answer has the form of what was asked for."""
         compact = asked.slots is None and self.weights_TK is not None
         num_rows = self.dispatch.parts[asked.part].token_index.shape[0] if compact else asked.num_slots
         return (

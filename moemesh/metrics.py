@@ -45,9 +45,15 @@ RANK_COUNTERS: Final[Mapping[str, RankSeries]] = {
         "cause",
     ),
     "expert_answers_dropped": RankSeries(
-        "moemesh_expert_answers_dropped", "Answers that came after their call was over, or twice.", "cause"
+        "moemesh_expert_answers_dropped", "Answers that came after their call was over, twice, or malformed.", "cause"
     ),
     "frames_sent": RankSeries("moemesh_frames_sent", "Frames this rank posted to other ranks, by kind.", "kind"),
+    "frames_refused": RankSeries(
+        "moemesh_frames_refused",
+        "Frames that came in vain: damaged, malformed, of a life that is over (stale), too late, or twice.",
+        "cause",
+    ),
+    "frames_unsent": RankSeries("moemesh_frames_unsent", "Frames for ranks that were lost, dropped."),
     "bytes_sent": RankSeries("moemesh_bytes_sent", "Bytes this rank posted to other ranks."),
     "steps": RankSeries("moemesh_steps", "Forward passes that this rank took part in."),
     "computed_tokens": RankSeries(

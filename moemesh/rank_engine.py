@@ -20,6 +20,7 @@ from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
 from moemesh.kept_cache import KeptCache
 from moemesh.membership_records import LIVING
+from moemesh.rank_counters import dispatch_counters, frame_counters, member_counters, scheduler_gauges
 from moemesh.request_messages import output_item, submitted_sequence
 from moemesh.sequence import SequenceOutput
 from moemesh.take_over import TakeOver
@@ -120,6 +121,7 @@ class RankEngine:
         self.stopping = False
         self._next_stats = 0.0
         self._busy_seconds = 0.0
+        self._num_malformed = 0
         self._reported: dict[str, float] = {}
 
     def run(self) -> None:
@@ -233,7 +235,7 @@ class RankEngine:
         assert self._make_member is not None
         if group.generation == self._member.generation:
             return
-        self._past.update(_member_counters(self._member))
+        self._past.update(member_counters(self._member))
         kept = self._member.leave()
         if new_life or kept is None or kept.generation < group.since or self._link.rank not in group.members:
             kept = None
@@ -314,9 +316,7 @@ class RankEngine:
     def _route(self, frame: Frame) -> None:
         match frame.header.kind:
             case Kind.DISPATCH:
-                refusal = self._experts.submit(frame)
-                if refusal is not None:
-                    self._link.post(frame.header.sender, refusal)
+                self._take_call(frame)
             case Kind.PLAN:
                 self._receive_plan(frame)
             case Kind.ANSWER | Kind.NOT_HERE:
@@ -324,6 +324,16 @@ class RankEngine:
                     self._client.receive(frame)
             case _:
                 self._mailbox.deliver(frame)
+
+    def _take_call(self, frame: Frame) -> None:
+        try:
+            refusal = self._experts.submit(frame)
+        except ProtocolError as error:  # the caller asks again when its patience is over
+            self._num_malformed += 1
+            logger.warning("a call of rank %d was dropped: %s", frame.header.sender, error)
+            return
+        if refusal is not None:
+            self._link.post(frame.header.sender, refusal)
 
     def _receive_plan(self, frame: Frame) -> None:
         """The leader may have heard of a new generation before us, or not yet."""
@@ -360,41 +370,16 @@ class RankEngine:
 
     def counters(self) -> dict[str, float]:
         """What `Stats` reports: see RANK_COUNTERS and RANK_GAUGES in metrics."""
-        stats = self._link.stats()
-        counters: dict[str, float] = {f"frames_sent:{kind.name.lower()}": n for kind, n in stats.frames_sent.items()}
-        counters["bytes_sent"] = stats.bytes_sent
+        counters = frame_counters(self._link.stats(), self._mailbox, self._num_malformed)
         counters["busy_seconds"] = self._busy_seconds
         counters["kernel_seconds"] = kernels.native_seconds()
         for layer, tokens in self._experts.stats.tokens_by_layer.items():
             counters[f"dispatched_tokens:{layer}"] = tokens
         if self._client is not None:
-            counters["dispatch_bytes"] = self._client.stats.bytes_sent
-            counters["dispatch_seconds"] = self._client.stats.seconds
-            counters["expert_calls_repeated:late"] = self._client.stats.hedged
-            counters["expert_calls_repeated:gone"] = self._client.stats.rerouted
-            counters["expert_answers_dropped:late"] = self._client.stats.late_answers
-            counters["expert_answers_dropped:double"] = self._client.stats.double_answers
+            counters.update(dispatch_counters(self._client.stats))
         if self._member is not None:
-            for name, count in _member_counters(self._member).items():
+            for name, count in member_counters(self._member).items():
                 counters[name] = self._past[name] + count
             if self._member.scheduler is not None:
-                scheduler = self._member.scheduler.stats()
-                counters["running"] = scheduler.num_running
-                counters["waiting"] = scheduler.num_waiting
-                counters["cache_blocks"] = scheduler.num_blocks
-                counters["cache_blocks_used"] = scheduler.num_blocks_used
-                counters["cache_usage"] = scheduler.num_blocks_used / scheduler.num_blocks
+                counters.update(scheduler_gauges(self._member.scheduler.stats()))
         return counters
-
-
-def _member_counters(member: GroupMember) -> dict[str, int]:
-    """What grows for as long as a generation lasts."""
-    counters = {"steps": member.num_steps}
-    if member.scheduler is not None:
-        stats = member.scheduler.stats()
-        counters["computed_tokens"] = member.num_tokens
-        counters["preemptions"] = stats.num_preemptions
-        counters["prefix_cache_queries"] = stats.num_prefix_queries
-        counters["prefix_cache_hits"] = stats.num_prefix_hits
-        counters["nonfinite_logits"] = stats.num_not_finite
-    return counters

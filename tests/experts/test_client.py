@@ -167,7 +167,7 @@ def test_an_answer_that_does_not_fit_is_dropped() -> None:
     world.client.receive(
         Frame(type(frame.header)(Kind.ANSWER, rank, layer=LAYER), (torch.zeros(1, 1),)),
     )
-    assert world.client.stats.double_answers == 1
+    assert world.client.stats.malformed_answers == 1
     world.drop(rank)
     world.deliver_all()
     assert not task.advance()

@@ -11,7 +11,7 @@ import torch
 from moemesh.sampling_params import SamplingParams
 from tests.oracle import write_random_checkpoint
 from tests.simulation.local_mesh import LocalMesh, Result
-from transport.frame import Kind
+from transport.frame import Frame, Header, Kind
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 OWN_WORK = (Kind.DISPATCH, Kind.COLLECTIVE, Kind.PLAN, Kind.SAMPLES)
@@ -90,6 +90,17 @@ def test_a_request_that_can_never_fit_is_refused_and_the_others_go_on(folder: Pa
     mesh.run()
     assert mesh.results[small].finish_reason == "length"
     assert "2" in (mesh.results[large].error or "")
+    _assert_empty(mesh)
+
+
+def test_a_call_that_is_none_is_dropped_and_counted(folder: Path) -> None:
+    """Its caller is none the worse: it would ask again."""
+    mesh = LocalMesh(folder, num_ranks=2, attention_tp=2)
+    junk = Frame(Header(Kind.DISPATCH, 1, layer=2), (torch.zeros(1, 5),))
+    mesh.links[1].post(0, junk)
+    mesh.settle()
+    assert mesh.engines[0].counters()["frames_refused:malformed"] == 1
+    assert mesh.generate([[5, 6, 7]], PARAMS)[0].finish_reason == "length"
     _assert_empty(mesh)
 
 
