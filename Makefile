@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The simulated mesh under drawn faults for SECONDS, on all cores, from seed FIRST on: see docs/simulation.md.
+SECONDS ?= 600
+FIRST ?= 100000
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m tests.simulation --soak $(SECONDS) --first $(FIRST)
 
 # Sources of the C kernels are prerequisites: the installation is editable, but compiled code is not.
 NATIVE := setup.py pyproject.toml $(wildcard kernels/csrc/*)

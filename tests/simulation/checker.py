@@ -1,0 +1,56 @@
+"""What must be true of every run, whatever went wrong in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.simulation.history import Stream
+from tests.simulation.mesh import SimulatedMesh
+
+
+def check(mesh: SimulatedMesh, expected: Mapping[int, Stream] | None) -> None:
+    """Complain of whatever is wrong. What can be seen as it happens (epochs, beliefs, placements) has been already."""
+    history = mesh.history
+    for stream in history.streams:
+        if stream.endings != 1:
+            history.complain(f"{stream.name} ended {stream.endings} times")
+        if expected is not None:
+            _check_content(mesh, stream, expected[int(stream.request.request_id)])
+    _check_leftovers(mesh)
+    if mesh.scenario.calm:
+        _check_calm(mesh)
+
+
+def _check_content(mesh: SimulatedMesh, stream: Stream, expected: Stream) -> None:
+    """Complete streams are those of a mesh without faults, the others the beginning of them."""
+    whole = stream.finish is not None
+    for name in ("tokens", "logprobs", "prompt_logprobs"):
+        ours, theirs = getattr(stream, name), getattr(expected, name)
+        if ours != (theirs if whole else theirs[: len(ours)]):
+            mesh.history.complain(f"{stream.name} has {name} {ours}, expected {theirs}")
+    if whole and stream.finish != expected.finish:
+        mesh.history.complain(f"{stream.name} ended by {stream.finish}, expected {expected.finish}")
+
+
+def _check_leftovers(mesh: SimulatedMesh) -> None:
+    """Nothing is held for requests: not by the frontend, nor by a rank that serves."""
+    left = mesh.controller.leftovers()
+    if any(left.values()):
+        mesh.history.complain(f"the frontend keeps {left}")
+    if mesh.controller.failure is not None:
+        return
+    for process in mesh.processes:
+        if not process.ended and not mesh.at_peace(process):
+            mesh.history.complain(
+                f"rank {process.rank} ({mesh.controller.state(process.rank)}) keeps {mesh.kept_by(process)}"
+            )
+
+
+def _check_calm(mesh: SimulatedMesh) -> None:
+    """Where everything is late and nothing is lost nobody is given up, and everything is computed."""
+    for process in mesh.processes:
+        if process.ended or process.life.incarnation:
+            mesh.history.complain(f"rank {process.rank} was given up for being late")
+    for stream in mesh.history.streams:
+        if stream.error is not None and "Overloaded" not in stream.error:
+            mesh.history.complain(f"{stream.name} ended with an error: {stream.error}")

@@ -1,0 +1,154 @@
+"""One run: a scenario played to its end, and what is to be complained of."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from moemesh.engine_client import RequestError
+from tests.simulation.checker import check
+from tests.simulation.faults import play_faults
+from tests.simulation.history import History, Stream
+from tests.simulation.mesh import SimulatedMesh
+from tests.simulation.scenario import Ask, Scenario
+from tests.simulation.tiny_model import Model, requests
+from tests.simulation.virtual_time import VirtualLoop, VirtualTime
+
+PATIENCE_SECONDS = 120.0
+"""By then every client must have been told something."""
+SETTLE_SECONDS = 40.0
+"""By then everybody has put down what it held, and whoever can be readmitted is."""
+
+Expected = dict[int, Stream]
+"""What each of the requests gives where nothing goes wrong."""
+
+
+@dataclass
+class Outcome:
+    """What is wrong with a run, and its story."""
+
+    scenario: Scenario
+    history: History
+    seconds: float
+
+    @property
+    def complaints(self) -> list[str]:
+        return self.history.complaints
+
+    def __str__(self) -> str:
+        told = [f"{at:9.4f}  {event}" for at, event in self.history.story]
+        return "\n".join([f"seed {self.scenario.seed}", *self.scenario.lines(), *told, *self.history.complaints])
+
+
+def play(model: Model, scenario: Scenario, expected: Expected | None) -> Outcome:
+    """Play a scenario in a world of its own and check what has happened."""
+    time = VirtualTime()
+    loop = VirtualLoop(time)
+    history = History(time)
+    with _logged(history):
+        try:
+            mesh = SimulatedMesh(model, scenario, history, time, loop)
+            loop.run_until_complete(_play(mesh))
+            loop.run_until_complete(asyncio.sleep(0))
+        finally:
+            loop.close()
+    check(mesh, expected)
+    return Outcome(scenario, history, time.now)
+
+
+async def _play(mesh: SimulatedMesh) -> None:
+    serving = asyncio.ensure_future(mesh.controller.run())
+    await _ready(mesh)
+    play_faults(mesh)
+    began = mesh.time.now
+    clients = [asyncio.ensure_future(_ask(mesh, ask, began)) for ask in mesh.scenario.asks]
+    done, late = await asyncio.wait(clients, timeout=PATIENCE_SECONDS)
+    for client in done:
+        client.result()
+    for client in late:
+        client.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    await _settle(mesh)
+    serving.cancel()
+    await asyncio.wait({serving})
+    if not serving.cancelled():
+        mesh.history.complain(f"the frontend has crashed: {serving.exception()!r}")
+
+
+async def _ready(mesh: SimulatedMesh) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await mesh.controller.wait_ready()
+    except (RequestError, TimeoutError) as error:
+        mesh.history.complain(f"the mesh does not start: {error!r}")
+
+
+async def _ask(mesh: SimulatedMesh, ask: Ask, began: float) -> None:
+    request = requests()[ask.request]
+    await asyncio.sleep(began + ask.at - mesh.time.now)
+    stream = Stream(name=f"request {ask.request}", request=request)
+    mesh.history.streams.append(stream)
+    mesh.tell(f"{stream.name} is asked for")
+    try:
+        async with aclosing(mesh.controller.generate(request)) as outputs:
+            async for output in outputs:
+                stream.tokens += output.token_ids
+                stream.logprobs += output.logprobs or []
+                stream.prompt_logprobs += output.prompt_logprobs or []
+                stream.finish = output.finish_reason
+                if ask.leaves_after is not None and len(stream.tokens) > ask.leaves_after and stream.finish is None:
+                    stream.cancelled = True
+                    break
+                await asyncio.sleep(ask.reads_in)
+    except RequestError as error:
+        stream.error = f"{type(error).__name__}: {error}"
+    mesh.tell(f"{stream.name} ends with {len(stream.tokens)} tokens: {stream.finish or stream.error or 'cancelled'}")
+
+
+async def _settle(mesh: SimulatedMesh) -> None:
+    """Until nothing is left, or for long enough."""
+    until = mesh.time.now + SETTLE_SECONDS
+    while mesh.time.now < until and not mesh.settled():
+        await asyncio.sleep(0.2)
+
+
+@contextmanager
+def _logged(history: History) -> Iterator[None]:
+    """What production code logs is part of the story."""
+    handler = _StoryHandler(history)
+    logger = logging.getLogger("moemesh")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+class _StoryHandler(logging.Handler):
+    def __init__(self, history: History) -> None:
+        super().__init__()
+        self._history = history
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._history.tell(record.getMessage())
+
+
+def expectations(model: Model) -> Expected:
+    """What each request gives on a mesh of one rank, where nothing can go wrong."""
+    asks = tuple(Ask(request=index, at=0.0) for index in range(len(requests())))
+    fields = {"num_ranks": 1, "num_cache_blocks": 256}
+    outcome = play(model, Scenario(seed=0, mesh_fields=fields, asks=asks, calm=True), None)
+    assert not outcome.complaints, str(outcome)
+    return {int(stream.request.request_id): stream for stream in outcome.history.streams}

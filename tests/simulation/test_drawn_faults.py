@@ -1,0 +1,39 @@
+"""The whole mesh under faults drawn from seeds: whatever goes wrong, every request ends once, and rightly."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.run import Expected, play
+from tests.simulation.scenario import draw
+from tests.simulation.tiny_model import Model
+
+NUM_SEEDS = 600
+CHUNK = 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, CHUNK))
+def test_nothing_is_to_be_complained_of(tiny_model: Model, expected: Expected, first: int) -> None:
+    outcomes = [play(tiny_model, draw(seed), expected) for seed in range(first, first + CHUNK)]
+    failed = [outcome for outcome in outcomes if outcome.complaints]
+    if failed:
+        seeds = " ".join(str(outcome.scenario.seed) for outcome in failed)
+        pytest.fail(f"{failed[0]}\n\nto run them again: python -m tests.simulation {seeds}", pytrace=False)
+
+
+def test_a_seed_tells_the_same_story_each_time(tiny_model: Model, expected: Expected) -> None:
+    first, second = (play(tiny_model, draw(5), expected) for _ in range(2))
+    assert first.history.story == second.history.story
+    assert len(first.history.story) > 5
+
+
+def test_seeds_draw_every_fault() -> None:
+    scenarios = [draw(seed) for seed in range(NUM_SEEDS)]
+    kinds = {fault.kind for scenario in scenarios for fault in scenario.faults}
+    assert kinds == {"kill", "stop", "slow", "cut", "cut off", "lag", "freeze"}
+    rates = [scenario.rates for scenario in scenarios]
+    assert all(
+        any(getattr(each, name) for each in rates) for name in ("drop", "duplicate", "corrupt", "reorder", "delay")
+    )
+    assert sum(scenario.calm for scenario in scenarios) > NUM_SEEDS / 10

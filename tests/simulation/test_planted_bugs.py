@@ -1,0 +1,101 @@
+"""Bugs planted in the production classes, one at a time: the simulation must find each within a few seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from experts import ExpertClient
+from moemesh.group_member import GroupMember
+from moemesh.membership import Membership
+from moemesh.scheduler import Scheduler
+from tests.simulation.run import Expected, play
+from tests.simulation.scenario import draw
+from tests.simulation.tiny_model import Model
+from transport.flow_control import CreditWindow
+from transport.frame import Frame
+
+ENOUGH_SEEDS = 150
+
+
+@pytest.fixture(autouse=True)
+def unplanted(expected: Expected) -> None:
+    """What is expected is computed before anything is planted."""
+
+
+def assert_found(model: Model, expected: Expected, complaint: str) -> None:
+    """Some seed brings it to light."""
+    for seed in range(ENOUGH_SEEDS):
+        complaints = play(model, draw(seed), expected).complaints
+        if any(complaint in each for each in complaints):
+            return
+    raise AssertionError(f"{ENOUGH_SEEDS} seeds have not found it")
+
+
+def test_a_stale_answer_accepted(tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = ExpertClient.receive
+
+    def receive_anything(self: ExpertClient, frame: Frame) -> None:
+        """Whatever call of the layer has asked the sender for as many rows."""
+        header = frame.header
+        for (generation, step, layer, part), call in self._calls.items():
+            for (rank, attempt), asked in call.asked.items():
+                if (layer, rank) == (header.layer, header.sender) and call._fits(asked, frame.tensors):
+                    names = {"generation": generation, "step": step, "micro_batch": part, "attempt": attempt}
+                    frame = Frame(replace(header, **names), frame.tensors)
+        receive(self, frame)
+
+    monkeypatch.setattr(ExpertClient, "receive", receive_anything)
+    assert_found(tiny_model, expected, "expected")
+
+
+def test_a_lost_credit(tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = CreditWindow.tell
+
+    def tell_what_came(self: CreditWindow[Any]) -> int:
+        return tell(self) - len(self._missing)
+
+    monkeypatch.setattr(CreditWindow, "tell", tell_what_came)
+    assert_found(tiny_model, expected, "keeps")
+
+
+def test_a_block_not_freed(tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_blocks = Scheduler._free_blocks
+
+    def free_some_blocks(self: Scheduler, entry: Any) -> None:
+        if len(entry.sequence.block_table) > 1:
+            entry.sequence.block_table.pop()
+        free_blocks(self, entry)
+
+    monkeypatch.setattr(Scheduler, "_free_blocks", free_some_blocks)
+    assert_found(tiny_model, expected, "'blocks': ")
+
+
+def test_a_step_run_twice(tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = GroupMember._step
+
+    def step_twice(self: GroupMember, plan: Any) -> Any:
+        yield from step(self, plan)
+        if plan.step % 7 == 6:
+            yield from step(self, plan)
+
+    monkeypatch.setattr(GroupMember, "_step", step_twice)
+    assert_found(tiny_model, expected, "has crashed")
+
+
+def test_a_placement_published_before_its_load(
+    tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die = Membership._die
+
+    def die_and_promise(self: Membership, record: Any, reason: str, now: float) -> None:
+        orphans = self.placement.experts_of(record.rank)
+        die(self, record, reason, now)
+        heir = next((other.rank for other in self._ranks if other.living and self._mesh.expert_ranks), None)
+        if heir is not None:
+            self._place(self.placement.hosting(heir, orphans))
+
+    monkeypatch.setattr(Membership, "_die", die_and_promise)
+    assert_found(tiny_model, expected, "which it has not loaded")
