@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from moemesh.heads import HeadLoader
 from moemesh.heart import Heart
 from moemesh.idle import IdleWait
 from moemesh.membership_records import BEAT_SECONDS
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from tests.simulation.control_plane import VirtualPort
+from tests.simulation.loading import Loading, VirtualExecutor, VirtualTakeOver
 from tests.simulation.tiny_model import CPU
 from transport import messages
 from transport.control import ControlClient
@@ -117,8 +119,10 @@ class Process:
             self._time.after(0.05, self._loaded)
             return
         mesh = self._mesh
+        model, loader = mesh.model.share(mesh.config, mesh.placement, self.rank)
+        loading = Loading(self._time, self._rng, self.wake)
         self.engine = build_rank(
-            mesh.model.share(mesh.config, mesh.placement, self.rank),
+            model,
             mesh.config,
             mesh.placement,
             link=self.link,
@@ -126,6 +130,9 @@ class Process:
             device=CPU,
             idle=IdleWait(self.control, bell=None, alone=True, crowded=mesh.scenario.crowded),
             heart=self.heart,
+            head_loader=HeadLoader(loader.mla, mesh.model.checkpoint, free_memory=lambda: 1 << 40),
+            executor=VirtualExecutor(loading),
+            make_take_over=lambda service: VirtualTakeOver(loading, service, mesh.model.checkpoint, loader.ffns),
             clock=self._time.clock,
         )
         self.engine.announce()

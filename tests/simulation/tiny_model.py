@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,9 +49,16 @@ def write_model(folder: Path) -> Path:
     return write_random_checkpoint(folder, 4, **MODEL_FIELDS)
 
 
+class Share(NamedTuple):
+    """What a process holds when it has just loaded, and what loads more later."""
+
+    model: RankModel
+    loader: ModelLoader
+
+
 @dataclass
 class Model:
-    """A checkpoint, and what each rank of each mesh shape holds of it: loaded once, and never changed."""
+    """A checkpoint, and what each rank of each mesh shape holds of it: loaded once, but for the experts."""
 
     folder: Path
     config: ModelConfig = field(init=False)
@@ -59,26 +67,30 @@ class Model:
         torch.set_num_threads(1)
         kernels.set_num_threads(1)
         self.config = load_model_config(self.folder)
-        self._checkpoint = Checkpoint(self.folder, self.config)
-        self._loaded: dict[tuple[object, ...], RankModel] = {}
+        self.checkpoint = Checkpoint(self.folder, self.config)
+        self._loaded: dict[tuple[object, ...], Share] = {}
 
     def placement(self, mesh: MeshConfig) -> Placement:
         return placement_of(self.config, mesh)
 
-    def share(self, mesh: MeshConfig, placement: Placement, rank: int) -> RankModel:
-        """What a rank holds when it has just loaded."""
+    def share(self, mesh: MeshConfig, placement: Placement, rank: int) -> Share:
+        """For a new process of a rank."""
         key = (mesh.num_ranks, mesh.attention_ranks, mesh.attention_tp, mesh.redundant_experts, rank)
         loaded = self._loaded.get(key)
         if loaded is None:
             loaded = self._loaded[key] = self._load(mesh, placement, rank)
-        banks = {
-            layer: ExpertBank(bank.logical_experts, NUM_EXPERTS, bank.packed) for layer, bank in loaded.banks.items()
-        }
-        return RankModel(config=loaded.config, attention=loaded.attention, banks=banks)
+        model, loader = loaded
+        banks = {layer: self._bank(loader, layer, bank.logical_experts) for layer, bank in model.banks.items()}
+        return Share(RankModel(config=model.config, attention=model.attention, banks=banks), loader)
 
-    def _load(self, mesh: MeshConfig, placement: Placement, rank: int) -> RankModel:
-        return ModelLoader(
-            self._checkpoint,
+    def _bank(self, loader: ModelLoader, layer: int, experts: Sequence[int]) -> ExpertBank:
+        packed = loader.ffns.expert_bank(layer, len(experts))
+        loader.ffns.load_experts(packed, range(len(experts)), self.checkpoint, layer, experts)
+        return ExpertBank(experts, NUM_EXPERTS, packed)
+
+    def _load(self, mesh: MeshConfig, placement: Placement, rank: int) -> Share:
+        loader = ModelLoader(
+            self.checkpoint,
             mesh=mesh,
             placement=placement,
             rank=rank,
@@ -86,7 +98,8 @@ class Model:
             weight_dtype=None,
             quantization=None,
             report=lambda done, total: None,
-        ).load()
+        )
+        return Share(loader.load(), loader)
 
 
 @cache
