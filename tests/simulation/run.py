@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moemesh.engine_client import RequestError
 from tests.simulation.checker import check
@@ -49,18 +51,19 @@ def play(model: Model, scenario: Scenario, expected: Expected | None) -> Outcome
     time = VirtualTime()
     loop = VirtualLoop(time)
     history = History(time)
-    with _logged(history):
+    with _logged(history), asyncio.Runner(loop_factory=lambda: loop) as runner:
+        mesh = SimulatedMesh(model, scenario, history, time, loop)
         try:
-            mesh = SimulatedMesh(model, scenario, history, time, loop)
-            loop.run_until_complete(_play(mesh))
-            loop.run_until_complete(asyncio.sleep(0))
-        finally:
-            loop.close()
-    check(mesh, expected)
+            runner.run(_play(mesh))
+        except Exception:
+            history.complain(f"the frontend has crashed: {traceback.format_exc()}")
+        else:
+            check(mesh, expected)
     return Outcome(scenario, history, time.now)
 
 
 async def _play(mesh: SimulatedMesh) -> None:
+    mesh.loop.set_exception_handler(lambda loop, context: mesh.history.complain(_crash(context)))
     serving = asyncio.ensure_future(mesh.controller.run())
     await _ready(mesh)
     play_faults(mesh)
@@ -77,6 +80,12 @@ async def _play(mesh: SimulatedMesh) -> None:
     await asyncio.wait({serving})
     if not serving.cancelled():
         mesh.history.complain(f"the frontend has crashed: {serving.exception()!r}")
+
+
+def _crash(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    where = "" if error is None else "".join(traceback.format_exception(error))
+    return f"the frontend has crashed: {context['message']}\n{where}"
 
 
 async def _ready(mesh: SimulatedMesh) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from experts import ExpertClient
+from moemesh.expert_homes import ExpertHomes
 from moemesh.group_member import GroupMember
-from moemesh.membership import Membership
 from moemesh.scheduler import Scheduler
 from tests.simulation.run import Expected, play
 from tests.simulation.scenario import draw
@@ -88,14 +88,13 @@ def test_a_step_run_twice(tiny_model: Model, expected: Expected, monkeypatch: py
 def test_a_placement_published_before_its_load(
     tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    die = Membership._die
+    assign = ExpertHomes.assign
 
-    def die_and_promise(self: Membership, record: Any, reason: str, now: float) -> None:
-        orphans = self.placement.experts_of(record.rank)
-        die(self, record, reason, now)
-        heir = next((other.rank for other in self._ranks if other.living and self._mesh.expert_ranks), None)
-        if heir is not None:
-            self._place(self.placement.hosting(heir, orphans))
+    def assign_and_promise(self: ExpertHomes, able: Any, now: float) -> dict[int, int]:
+        assigned = assign(self, able, now)
+        for rank, order in self.orders.items():
+            self.placement = self.placement.hosting(rank, order)
+        return assigned
 
-    monkeypatch.setattr(Membership, "_die", die_and_promise)
+    monkeypatch.setattr(ExpertHomes, "assign", assign_and_promise)
     assert_found(tiny_model, expected, "which it has not loaded")

@@ -78,7 +78,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _process_events(self, event_list: list[Action]) -> None:
         for action in event_list:
-            action()
+            self.call_soon(action)
 
     def _write_to_self(self) -> None:
         """There is one thread: nobody else wakes it."""
