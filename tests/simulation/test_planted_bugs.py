@@ -42,7 +42,7 @@ def test_a_stale_answer_accepted(tiny_model: Model, expected: Expected, monkeypa
         header = frame.header
         for (generation, step, layer, part), call in self._calls.items():
             for (rank, attempt), asked in call.asked.items():
-                if (layer, rank) == (header.layer, header.sender) and call._fits(asked, frame.tensors):
+                if (layer, rank) == (header.layer, header.sender) and call.fits(asked, frame.tensors):
                     names = {"generation": generation, "step": step, "micro_batch": part, "attempt": attempt}
                     frame = Frame(replace(header, **names), frame.tensors)
         receive(self, frame)
