@@ -33,12 +33,12 @@ class LatentCache:
         return self._layers[layer]
 
     def read(self, layer: int, block_ids: Sequence[int]) -> Tensor:
-        """A copy of some blocks of a layer, [len(block_ids), BLOCK_SIZE, width]."""
-        return self._layers[layer][torch.tensor(block_ids)]
+        """A copy of some blocks of a layer, [len(block_ids), BLOCK_SIZE, width], on the CPU."""
+        return self._layers[layer][torch.tensor(block_ids)].cpu()
 
     def write(self, layer: int, block_ids: Sequence[int], blocks: Tensor) -> None:
         """Put what another member has `read` to the same places."""
-        self._layers[layer][torch.tensor(block_ids)] = blocks
+        self._layers[layer][torch.tensor(block_ids)] = blocks.to(self._layers[layer].device)
 
 
 def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
