@@ -8,6 +8,7 @@ The keeper has a session of its own: Ctrl-C reaches the frontend alone. See keep
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -17,13 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from moemesh.mpi_command import LaunchError, find_mpirun
+from moemesh.mpi_command import ENDS_WITH_A_RANK, LaunchError, find_mpirun
 from moemesh.options import EngineOptions
 from moemesh.processes import ProcessIdentity, descendants, wait_until_gone
 from moemesh.run_directory import RunDirectory
 
 _STDERR = 2
 _KILL_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+
 _SIGNALS = {int(number) for number in signal.Signals}
 
 
@@ -131,6 +135,8 @@ class RankLauncher:
         if self._num_ranks == 1:
             return list(self._rank_command), environment
         mpirun = find_mpirun()
+        if not mpirun.ulfm:
+            logger.warning("%s: %s", mpirun.path, ENDS_WITH_A_RANK)
         self._name = "mpirun"
         command = mpirun.command(self._num_ranks, self._rank_command, shared_memory=self._run.shared_memory)
         return command, mpirun.environment(environment, temporary=self._run.temporary)

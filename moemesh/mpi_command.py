@@ -12,6 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ENDS_WITH_A_RANK = (
+    "this MPI ends all ranks with the first one that is lost, and the mesh with them: the mpirun of Open MPI 5 with "
+    "--with-ft ulfm does not"
+)
+
 _QUERY_SECONDS = 20
 _OPEN_MPI = re.compile(r"Open MPI\)?\s*v?(\d+)\.")
 

@@ -33,6 +33,7 @@ ATTACHED_FRONTEND = "attached-frontend"
 
 _LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "OPAL_")
 _SEGMENTS_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
+_ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 _POLL_SECONDS = 0.2
 _LISTEN_SECONDS = 120.0
 _TEXT_BYTES = 512
@@ -42,6 +43,11 @@ def mpi_launch(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """(rank, size) when an MPI launcher started us as one of several."""
     launch = detect_mpi_launch(environment)
     return launch if launch is not None and launch[1] > 1 else None
+
+
+def outlives_ranks(environment: Mapping[str, str]) -> bool:
+    """Whether the MPI launcher that started us goes on when one of its processes is lost."""
+    return environment.get(_ULFM_VARIABLE) == "1"
 
 
 Prepare = Callable[[tuple[str, ...]], tuple[RunDirectory, Sequence[str]]]

@@ -6,17 +6,22 @@ becomes a rank, and rank 0 starts the frontend, which is `serve_attached`.
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from moemesh.launcher import RankLauncher, module_command
-from moemesh.mpi_launch import ATTACHED_FRONTEND, AttachedRanks, join_mesh
+from moemesh.mpi_command import ENDS_WITH_A_RANK
+from moemesh.mpi_launch import ATTACHED_FRONTEND, AttachedRanks, join_mesh, outlives_ranks
 from moemesh.options import ServeOptions
 from moemesh.port import check_port_free, listening
 from moemesh.processes import ProcessIdentity
 from moemesh.run_directory import RunDirectory, RunDirectoryError
 from moemesh.trace_file import save_trace
+
+logger = logging.getLogger(__name__)
 
 # When the frontend has ended it has told the ranks to stop; those still there get SIGTERM, and so long before SIGKILL.
 _STOP_GRACE_SECONDS = 1.0
@@ -80,6 +85,8 @@ def _prepare_attached(options: ServeOptions, machines: tuple[str, ...]) -> tuple
     """In rank 0: refuse what cannot be served, then the run directory and the frontend's command."""
     from moemesh.mesh_plan import plan_mesh
 
+    if not outlives_ranks(os.environ):
+        logger.warning(ENDS_WITH_A_RANK)
     check_port_free(options.host, options.port)
     plan_mesh(options, machines)
     run = RunDirectory.create(num_ranks=options.ranks)

@@ -67,10 +67,11 @@ def moemesh_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "moemesh", *arguments]
 
 
-def mpirun_command(num_ranks: int) -> list[str]:
+def mpirun_command(num_ranks: int, *, ulfm: bool = True) -> list[str]:
     """The documented line of a user who brings their own mpirun."""
     mpirun = str(Path(sys.executable).parent / "mpirun")
-    return [mpirun, "--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks)]
+    outlive = ["--with-ft", "ulfm"] if ulfm else []
+    return [mpirun, *outlive, "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks)]
 
 
 class Mesh:
@@ -271,9 +272,9 @@ def running_server(*arguments: str, under_mpirun: int = 0) -> Iterator[Mesh]:
 
 
 @contextmanager
-def serving(*arguments: str, under_mpirun: int = 0) -> Iterator[Mesh]:
+def serving(*arguments: str, under_mpirun: int = 0, ulfm: bool = True) -> Iterator[Mesh]:
     """A mesh that is ready; the test ends it, by whatever means."""
-    launcher = mpirun_command(under_mpirun) if under_mpirun else []
+    launcher = mpirun_command(under_mpirun, ulfm=ulfm) if under_mpirun else []
     with started([*launcher, *moemesh_command("serve", "--port", "0", *arguments)]) as mesh:
         mesh.wait_ready()
         yield mesh

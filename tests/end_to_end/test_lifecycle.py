@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.end_to_end.harness import (
@@ -123,6 +124,23 @@ def test_kill_9_under_a_users_own_mpirun(victim: str) -> None:
             mesh.process.kill()
         assert end_of(events) != "done"
         eventually(lambda: mesh.process.poll() is not None and not mesh.left(), timeout_s=10, what="nothing is left")
+
+
+def test_without_ulfm_the_loss_of_a_rank_is_the_end() -> None:
+    arguments = ("--attention-tp", "1", *SMALL_CACHE)
+    with (
+        serving(*arguments, under_mpirun=3, ulfm=False) as mesh,
+        mesh.stream(**TOO_LONG_TO_END) as first,
+        mesh.stream(**TOO_LONG_TO_END) as second,
+    ):
+        take_some(first)
+        take_some(second)
+        assert "--with-ft ulfm" in mesh.log
+        psutil.Process(mesh.get("/mesh").body["ranks"][2]["pid"]).kill()
+        assert "the mesh has failed" in end_of(first)
+        assert "the mesh has failed" in end_of(second)
+        mesh.wait_gone()
+        assert mesh.process.wait() != 0
 
 
 def test_a_second_mesh_on_the_same_port(demo: Mesh) -> None:
