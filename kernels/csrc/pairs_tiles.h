@@ -41,10 +41,12 @@ static void open_pairs(int64_t block_rows)
 
 static void close_pairs(void) { _tile_release(); }
 
-INLINE void fetch_ahead(const uint8_t *ahead, int num_lines)
+/* The i-th of eight portions of a step's lines ahead. They lie between the tiles' own loads, which would wait for many
+   at a time. */
+INLINE void fetch_lines(const uint8_t *ahead, int i)
 {
-    for (int i = 0; i < num_lines; i++)
-        __builtin_prefetch(ahead + i * 64, 0, 3);
+    for (int line = 0; line < PAIR_LINES / 8; line++)
+        __builtin_prefetch(ahead + (i * (PAIR_LINES / 8) + line) * 64, 0, 3);
 }
 
 /* One block of rows. */
@@ -59,12 +61,15 @@ static void add_one_block(const Tile *t, const uint16_t *parts, int64_t part_str
         _tile_loadd(1, acc + 16, stride);
     }
     for (int64_t k = 0; k < t->count; k += PAIR_STEP, w += PAIR_LINES * 64, ahead += PAIR_LINES * 64) {
-        fetch_ahead(ahead, PAIR_LINES);
+        fetch_lines(ahead, 0);
         _tile_loadd(4, w, 128);
+        fetch_lines(ahead, 1);
         _tile_loadd(5, w + 64, 128);
         for (int part = 0; part < 3; part++, parts += part_stride) {
+            fetch_lines(ahead, 2 + 2 * part);
             _tile_loadd(6, parts, 64);
             _tile_dpbf16ps(0, 6, 4);
+            fetch_lines(ahead, 3 + 2 * part);
             _tile_dpbf16ps(1, 6, 5);
         }
     }
@@ -72,12 +77,12 @@ static void add_one_block(const Tile *t, const uint16_t *parts, int64_t part_str
     _tile_stored(1, acc + 16, stride);
 }
 
-/* Two blocks of rows, `far` parts and `far_acc` sums apart. */
-static void add_two_blocks(const Tile *t, const uint16_t *parts, int64_t part_stride, int64_t far, float *acc,
-                           int64_t far_acc, const uint8_t *ahead, int num_lines)
+/* Two blocks of rows, `far` parts and `far_acc` sums apart. Portions [first, last) of each step's lines are fetched. */
+INLINE void add_two_blocks(const Tile *t, const uint16_t *parts, int64_t part_stride, int64_t far, float *acc,
+                           int64_t far_acc, int first, int last)
 {
     const int64_t stride = t->acc_stride * sizeof(float);
-    const uint8_t *w = t->weights;
+    const uint8_t *w = t->weights, *ahead = t->ahead;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -89,10 +94,11 @@ static void add_two_blocks(const Tile *t, const uint16_t *parts, int64_t part_st
         _tile_loadd(3, acc + far_acc + 16, stride);
     }
     for (int64_t k = 0; k < t->count; k += PAIR_STEP, w += PAIR_LINES * 64, ahead += PAIR_LINES * 64) {
-        fetch_ahead(ahead, num_lines);
         _tile_loadd(4, w, 128);
         _tile_loadd(5, w + 64, 128);
         for (int part = 0; part < 3; part++, parts += part_stride) {
+            for (int i = first + (last - first) * part / 3; i < first + (last - first) * (part + 1) / 3; i++)
+                fetch_lines(ahead, i);
             _tile_loadd(6, parts, 64);
             _tile_loadd(7, parts + far, 64);
             _tile_dpbf16ps(0, 6, 4);
@@ -118,9 +124,12 @@ static void add_pairs(const Tile *t, const PairRows *r, int64_t step)
         add_one_block(t, parts, part, t->acc);
         return;
     }
-    const int num_lines = (int)((2 * PAIR_LINES + r->num_blocks - 1) / r->num_blocks);
-    for (int64_t i = 0; i < r->num_blocks; i += 2)
-        add_two_blocks(t, parts + i * block, part, block, t->acc + i * acc_block, acc_block,
-                       t->ahead + i / 2 * num_lines * 64, num_lines);
+    if (r->num_blocks == 2) {
+        add_two_blocks(t, parts, part, block, t->acc, acc_block, 0, 8);
+    } else {
+        for (int64_t i = 0; i < r->num_blocks; i += 2)
+            add_two_blocks(t, parts + i * block, part, block, t->acc + i * acc_block, acc_block,
+                           (int)(8 * i / r->num_blocks), (int)(8 * (i + 2) / r->num_blocks));
+    }
     MEMORY_SETTLED();
 }
