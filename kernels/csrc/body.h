@@ -92,12 +92,6 @@ INLINE void restore_subnormals(uint64_t before)
 #endif
 }
 
-#if defined(HAVE_TILES)
-typedef uint16_t PairPart;
-#else
-typedef float PairPart;
-#endif
-
 #include "body_gemm.h"
 #include "body_quantize.h"
 #include "body_rows.h"

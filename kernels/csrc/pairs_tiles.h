@@ -2,7 +2,6 @@
    say nothing to the compiler of the memory they read: hence MEMORY_SETTLED. */
 
 #define PAIR_LINES 32 /* cache lines that 32 columns of a step take */
-#define PAIR_BLOCKS(num_rows) pair_blocks(num_rows)
 #define MEMORY_SETTLED() __asm__ volatile("" ::: "memory")
 
 /* The upper halves of 32 words. */
@@ -14,7 +13,7 @@ INLINE void store_upper(uint16_t *to, vf first, vf second)
 }
 
 /* PAIR_STEP values of a row to their three parts, `stride` apart. */
-INLINE void split_step(const float *x, uint16_t *to, int64_t stride)
+INLINE void split_step_for_tiles(const float *x, uint16_t *to, int64_t stride)
 {
     vf first = load(x), second = load(x + VL);
     for (int part = 0; part < 3; part++, to += stride) {
@@ -24,7 +23,7 @@ INLINE void split_step(const float *x, uint16_t *to, int64_t stride)
     }
 }
 
-static void open_pairs(int64_t block_rows)
+static void open_tiles(int64_t block_rows)
 {
     struct {
         uint8_t palette, start, reserved[14];
@@ -39,7 +38,7 @@ static void open_pairs(int64_t block_rows)
     _tile_loadconfig(&config);
 }
 
-static void close_pairs(void) { _tile_release(); }
+static void close_tiles(void) { _tile_release(); }
 
 /* The i-th of eight portions of a step's lines ahead. They lie between the tiles' own loads, which would wait for many
    at a time. */
@@ -114,10 +113,10 @@ INLINE void add_two_blocks(const Tile *t, const uint16_t *parts, int64_t part_st
 }
 
 /* t->acc += rows times 32 columns, from `step` of the slice on. */
-static void add_pairs(const Tile *t, const PairRows *r, int64_t step)
+static void add_on_tiles(const Tile *t, const PairRows *r, int64_t step)
 {
     const int64_t part = r->block_rows * PAIR_STEP, block = r->num_steps * 3 * part;
-    const uint16_t *parts = r->parts + step * 3 * part;
+    const uint16_t *parts = (const uint16_t *)r->parts + step * 3 * part;
     const int64_t acc_block = r->block_rows * t->acc_stride;
     MEMORY_SETTLED();
     if (r->num_blocks == 1) {
