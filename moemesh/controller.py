@@ -120,8 +120,8 @@ class Controller:
 
     @property
     def num_requests(self) -> int:
-        """Requests in flight."""
-        return len(self._ledger)
+        """Requests whose clients have not got everything."""
+        return len(self._streams)
 
     @property
     def failure(self) -> str | None:
@@ -248,10 +248,11 @@ class Controller:
     def _turn_away(self) -> None:
         """End what nobody will compute."""
         if stranded := self._control.membership.stranded:
-            for request_id in self._streams:
-                self._end(request_id, EngineFailed(stranded))
+            for request_id, stream in self._streams.items():
+                if self._ledger.get(request_id) is not None:
+                    self._cancel(stream.entry)
+                    self._end(request_id, EngineFailed(stranded))
         for entry in self._admission.expired(self._clock()):
-            self._admission.forget(entry.request_id)
             self._end(entry.request_id, self._overloaded("the request has waited for too long for its turn"))
 
     def _overloaded(self, message: str) -> Overloaded:
@@ -313,10 +314,14 @@ class Controller:
         self._metrics.replay_mismatch.inc(self._ledger.replay_mismatches - mismatches)
         stream.outputs.append(token_output(item, known))
         stream.arrived.set()
-        if restarting and not entry.restarting:
-            self._give_out()  # the next one's turn to begin again
+        if item.finish_reason is not None:
+            self._ledger.close(item.request_id)  # however long its client takes to read: nothing is left to compute
+        if item.finish_reason is not None or (restarting and not entry.restarting):
+            self._give_out()  # the next one's turn
 
     def _end(self, request_id: int, error: Exception) -> None:
+        self._ledger.close(request_id)
+        self._admission.forget(request_id)
         stream = self._streams[request_id]
         stream.failure = error
         stream.arrived.set()
@@ -343,7 +348,6 @@ class Controller:
         """End those that may be the cause of what is being lost again and again."""
         for entry in entries:
             if entry.losses >= MAX_LOSSES:
-                entry.group = None
                 told = f"the request was being computed at each of the last {entry.losses} failures: {reason}"
                 self._end(entry.request_id, EngineFailed(told))
 
@@ -383,10 +387,10 @@ class Controller:
         self._draining = True
         try:
             async with asyncio.timeout(timeout):
-                await self._until(lambda: len(self._ledger) == 0)
+                await self._until(lambda: not self._streams)
         except TimeoutError:
-            logger.warning("%d requests had not finished after %.0f s", len(self._ledger), timeout)
-        left = len(self._ledger)
+            logger.warning("%d requests had not finished after %.0f s", self.num_requests, timeout)
+        left = self.num_requests
         if left:
             self.fail("shutting down")
         return left

@@ -368,3 +368,25 @@ def test_who_does_not_finish_while_draining_is_told() -> None:
                 await asked
 
     run(check())
+
+
+def test_what_a_client_has_not_read_yet_takes_no_place() -> None:
+    async def check() -> None:
+        async with ready(2, attention_ranks=1) as (controller, ranks):
+            slow = [controller.generate(request(max_tokens=1)) for _ in range(12)]  # all that a group is given at most
+            asked = [await started(anext(stream)) for stream in slow]
+            waiting = await started(collect(controller, request(max_tokens=1)))
+            assert len(ranks.told(messages.Submit)) == 12
+            await ranks.say(*(tokens(number, 2, 20) for number in range(1, 13)))
+            assert [(await each).token_ids for each in asked] == [[20]] * 12
+            await ranks.say(*(tokens(number, 3, 21, finish_reason="length") for number in range(1, 13)))
+            assert len(ranks.told(messages.Submit)) == 13, "the last one's turn, though nobody has read the others' end"
+            await ranks.say(tokens(13, 2, 20, finish_reason="length"))
+            await waiting
+            assert controller.num_requests == 12
+            for stream in slow:
+                assert [output.finish_reason async for output in stream] == ["length"]
+            assert controller.num_requests == 0
+            assert not ranks.told(messages.Cancel)
+
+    run(check())
