@@ -103,7 +103,7 @@ class TakeOver:
         wake: Callable[[], object],
         free_memory: Callable[[], int] = available_memory,
     ) -> None:
-        """The checkpoint is this object's alone from now on."""
+        """All files of the checkpoint are open; others may read it as well."""
         self._service = service
         self._checkpoint = checkpoint
         self._ffns = ffns

@@ -77,12 +77,12 @@ def ends(*recovered: Check) -> Checks:
     }
 
 
-def serves_on(*checks: Check) -> Checks:
+def serves_on(*checks: Check, recovered: Sequence[Check] = ()) -> Checks:
     """Nobody notices anything."""
     return {
         "steady": (Flowing(),),
         "fault": checks,
-        "recovered": (Flowing(), Complete(), Identical(), NothingLeft(10), EndsWith(zero=True)),
+        "recovered": (Flowing(), Complete(), Identical(), *recovered, NothingLeft(10), EndsWith(zero=True)),
     }
 
 
@@ -175,7 +175,7 @@ KILLS = (
         flags=(*TWO_GROUPS, "--respawn", "off"),
         events=kill(Role.EXPERTS),
         outcome="degraded",
-        checks=serves_on(Degraded()),
+        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
     ),
 )
 
@@ -247,18 +247,18 @@ CHECKPOINTS = (
             events=join_after(how),
             outcome="degraded",
             own_checkpoint=True,
-            checks=serves_on(RefusedByName(), Degraded()),
+            checks=serves_on(RefusedByName(), recovered=(Degraded(),)),
         )
         for how in ("truncated shard", "flipped byte", "missing tensor", "another checkpoint")
     ),
     Scenario(
         name="unlinked-at-take-over",
         row="an unlinked checkpoint at take-over leaves the mesh degraded and saying so, not dead",
-        flags=EXPERTS_APART,
+        flags=(*EXPERTS_APART, "--respawn", "off"),
         events=join_after("unlinked"),
         outcome="degraded",
         own_checkpoint=True,
-        checks=serves_on(Degraded()),
+        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
     ),
     Scenario(
         name="truncated-at-take-over",
@@ -277,11 +277,11 @@ CHECKPOINTS = (
     Scenario(
         name="full-disk-at-take-over",
         row="a full disk at take-over leaves the mesh degraded and saying so, not dead",
-        flags=EXPERTS_APART,
+        flags=(*EXPERTS_APART, "--respawn", "off"),
         events=(FillDisk(), *kill(Role.EXPERTS_ONLY)),
         outcome="degraded",
         small_disk=True,
-        checks=serves_on(Degraded()),
+        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
     ),
 )
 

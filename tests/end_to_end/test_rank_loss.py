@@ -88,6 +88,32 @@ def test_ranks_with_replicas_of_their_experts_are_stopped_and_killed() -> None:
         assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
 
 
+def test_experts_without_replicas_are_taken_over_and_go_home() -> None:
+    """Each of the two ranks with experts loads those of the other, for a while."""
+    with running_server(*SPLIT, *SMALL_CACHE, "--stop-grace", "180", "--respawn", "off") as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        home = mesh.get("/mesh").body["placement"]["experts"]
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 3).suspend) == expected
+        eventually(lambda: hosts(mesh) == {(2,)}, what="rank 2 has taken over")
+        process_of(mesh, 3).resume()
+        eventually(lambda: mesh.get("/mesh").body["placement"]["experts"] == home, what="the experts are at home")
+
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 2).kill) == expected
+        eventually(lambda: hosts(mesh) == {(3,)}, what="rank 3 has taken over")
+        health = mesh.get("/health")
+        assert (health.status, health.body["degraded"]) == (200, True)
+        assert mesh.total("moemesh_experts_taken_over_total") == sum(map(len, home.values()))
+        assert mesh.total("moemesh_experts_missing") == 0
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
+
+
+def hosts(mesh: Mesh) -> set[tuple[int, ...]]:
+    """Who hosts experts, by what /mesh says."""
+    return {tuple(ranks) for layer in mesh.get("/mesh").body["placement"]["experts"].values() for ranks in layer}
+
+
 def test_the_only_rank_is_killed() -> None:
     with running_server(*SMALL_CACHE) as mesh:
         expected = [substance(body) for body in mesh.complete_all(REQUESTS)]

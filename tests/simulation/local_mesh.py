@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from experts import ExpertService
 from mesh_config import MeshConfig, load_model_config, make_mesh
 from mesh_config.model_shape import Quantization
 from moemesh.checkpoint import Checkpoint
@@ -23,6 +25,7 @@ from moemesh.model_loader import ModelLoader
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from moemesh.sampling_params import SamplingParams
+from moemesh.take_over import TakeOver
 from transport import messages
 from transport.frame import Kind
 from transport.life import Life
@@ -103,6 +106,8 @@ class LocalMesh:
         self._network = network
         self._dead: set[int] = set()
         self.reports: list[messages.PeerReport] = []
+        self.said: list[tuple[int, messages.Hosting | messages.Ready]] = []
+        self.services: dict[int, ExpertService] = {}
         self.links = network.links
         self.controls = [LocalControl() for _ in range(self.mesh.num_ranks)]
         self.models: list[RankModel] = []
@@ -134,12 +139,18 @@ class LocalMesh:
                     heart=StillHeart(),
                     head_loader=HeadLoader(loader.mla, checkpoint),
                     executor=Inline(),
+                    make_take_over=partial(self._take_over, rank, folder, loader) if self.mesh.num_ranks > 1 else None,
                 )
             )
         self.results: dict[int, Result] = {}
         self.submitted: dict[int, messages.Submit] = {}
         self.num_replayed = 0
         self.incarnations: dict[int, int] = {}
+
+    def _take_over(self, rank: int, folder: Path, loader: ModelLoader, service: ExpertService) -> TakeOver:
+        self.services[rank] = service
+        checkpoint = Checkpoint(folder, load_model_config(folder))
+        return TakeOver(service, checkpoint, loader.ffns, prepare=lambda: None, wake=lambda: None)
 
     def submit(
         self,
@@ -176,6 +187,10 @@ class LocalMesh:
         """The rank does nothing, and nobody is told."""
         self._dead.add(rank)
 
+    def go_on(self, rank: int) -> None:
+        """The rank was stopped, and does something again."""
+        self._dead.discard(rank)
+
     def readmit(self, rank: int) -> None:
         """A rank that was stopped, and given up by the others, goes on as another life; a view is to follow."""
         self._dead.discard(rank)
@@ -208,13 +223,15 @@ class LocalMesh:
         if self._random is not None:
             self._random.shuffle(order)
         busy = [engine.turn() for engine in order]
-        for control in self.controls:
+        for rank, control in enumerate(self.controls):
             for message in control.sent:
                 if isinstance(message, messages.Outputs):
                     for item in message.items:
                         self._take(item)
                 elif isinstance(message, messages.PeerReport):
                     self.reports.append(message)
+                elif isinstance(message, messages.Hosting | messages.Ready):
+                    self.said.append((rank, message))
             control.sent.clear()
         return any(busy)
 
