@@ -49,7 +49,7 @@ from moemesh.membership_records import (
     UnfitSeen,
     View,
 )
-from moemesh.rank_record import RankRecord, lost_touch, suspicion, useless
+from moemesh.rank_record import RankRecord, lost_touch, suspicion, useless, worth_waiting_for
 from transport.life import Life
 
 _LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
@@ -65,9 +65,6 @@ _LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
         ("joining", "dead"),
     }
 )
-
-_HOPE = 3
-"""Requests wait for a lost rank until so many of its lives in a row have failed."""
 
 
 class Membership:
@@ -157,7 +154,9 @@ class Membership:
     @property
     def stranded(self) -> str:
         """Why nobody can compute anything for now: experts are missing, and neither loaded nor about to come back."""
-        if not self._started or not self.homes.stranded or any(map(self._gives_hope, self._ranks)):
+        if not self._started or not self.homes.stranded:
+            return ""
+        if any(worth_waiting_for(record, self._settings) for record in self._ranks):
             return ""
         why = "; ".join(f"rank {rank}: {problem}" for rank, problem in sorted(self.homes.problems.items()))
         return f"{self.homes.missing} experts were lost and cannot be loaded again: {why}"
@@ -396,13 +395,6 @@ class Membership:
         lost = self._ranks[missing[0]] if nowhere else dead[0]
         what = "experts that no rank can load" if nowhere else "the last attention group"
         self._fail(f"{lost.life}, with {what}: {lost.reason}")
-
-    def _gives_hope(self, record: RankRecord) -> bool:
-        """A lost rank may soon be back with its experts: it is tried again for good, but not waited for."""
-        if record.living or record.failures > _HOPE:
-            return False
-        fenced = not record.ended and record.killed_at is None
-        return record.state == "joining" or fenced or self._settings.respawn
 
     def _may_return(self) -> bool:
         """Some rank may yet become what is missing."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from moemesh.membership_records import LIVING, MembershipSettings, RankState
 from transport.life import Life
 
+MOST_FAILURES = 3
+
 
 @dataclass(kw_only=True, eq=False)
 class RankRecord:
@@ -129,3 +131,12 @@ def useless(record: RankRecord, now: float, settings: MembershipSettings, *, cal
     if late_for > settings.slow_dead and 2 * len(record.late.keys() & callers) >= max(1, len(callers)):
         return f"slow: late without pause for {late_for:.1f} s"
     return ""
+
+
+def worth_waiting_for(record: RankRecord, settings: MembershipSettings) -> bool:
+    """Whether a lost rank may soon be back. One whose lives fail again and again is started again, but not waited
+    for."""
+    if record.living or record.failures > MOST_FAILURES:
+        return False
+    fenced = not record.ended and record.killed_at is None
+    return record.state == "joining" or fenced or settings.respawn
