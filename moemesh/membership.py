@@ -33,6 +33,7 @@ from moemesh.membership_records import (
     Note,
     PeerLate,
     PeerLost,
+    ProcessBegan,
     ProcessEnded,
     ProcessSeen,
     PublishView,
@@ -92,7 +93,10 @@ class Membership:
     @property
     def view(self) -> View:
         """The view in force."""
-        ranks = (RankView(incarnation=r.incarnation, state=r.state, reason=r.reason) for r in self._ranks)
+        ranks = (
+            RankView(incarnation=r.incarnation, state=r.state, reason=r.reason, born=r.born if r.can_be_met else -1)
+            for r in self._ranks
+        )
         return View(epoch=self._epoch, ranks=tuple(ranks), groups=self._groups.views)
 
     @property
@@ -170,9 +174,10 @@ class Membership:
                 self._tick(now)
             case Heartbeat(life, progress, working) if self.is_present(life):
                 self._beat(self._ranks[life.rank], progress, working, now)
+            case ProcessBegan(life) if self.is_present(life):
+                self._begun(self._ranks[life.rank])
             case HelloSeen(life) if self.is_present(life):
-                self._ranks[life.rank].said_hello = True
-                self._ranks[life.rank].heard_at = now
+                self._greet(self._ranks[life.rank], now)
             case ReadySeen(life) if self.is_present(life):
                 self._ready(self._ranks[life.rank], now)
             case PeerLost(reporter, peer) if self.believes(reporter) and self.is_present(peer):
@@ -194,9 +199,20 @@ class Membership:
                 self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
         return self._conclude(now)
 
+    def _begun(self, record: RankRecord) -> None:
+        record.began = True
+        if record.state == "dead":  # given up before it came
+            self._out.append(Kill(record.life))
+
+    def _greet(self, record: RankRecord, now: float) -> None:
+        record.heard_at = now
+        record.said_hello = True
+        self._changed |= record.state == "joining"  # the others are to meet it
+
     def _ready(self, record: RankRecord, now: float) -> None:
         if record.state in ("loading", "joining"):
             record.forgive(now)
+            record.attempts = 0
             self._move(record, "up", "", now)
             self.homes.host(record.rank, record.hosting)
 
@@ -204,6 +220,7 @@ class Membership:
         """What a rank has before it serves counts as soon as it does."""
         if record.state == "joining":
             record.hosting = seen.experts
+            self._changed = True  # it listens now, and is to know whom it must meet
         if not record.living:
             return
         self._out.append(TookOver(record.life, count_experts(seen.experts), count_experts(seen.refused), seen.problem))
@@ -227,7 +244,6 @@ class Membership:
         if fenced and self._started and now >= record.retry_at:
             before = record.life
             record.begin_life(now)
-            record.said_hello = True  # the process is there
             self._move(record, "joining", "alive again: readmitted", now)
             self._out.append(Readmit(before, record.incarnation))
 
@@ -295,23 +311,47 @@ class Membership:
                 self._kill(record, now)
             if record.killed_at is not None and now - record.killed_at > settings.stop_grace:
                 record.ended = True  # out of sight; its life is fenced whatever it does
-            return
-        spawner = next((other.rank for other in self._ranks if other.living), None)
-        alone = len(self._ranks) == 1
-        if settings.respawn and settings.fault_tolerance and now >= record.retry_at and (alone or spawner is not None):
-            record.begin_life(now, spawner=spawner)
-            self._move(record, "joining", "respawned", now)
-            self._out.append(Respawn(record.life, spawner))
+        elif self._may_respawn(record) and now >= record.retry_at:
+            self._respawn(record, now)
+
+    def _may_respawn(self, record: RankRecord) -> bool:
+        settings = self._settings
+        return settings.respawn and settings.fault_tolerance and record.attempts < settings.most_attempts
+
+    def _respawn(self, record: RankRecord, now: float) -> None:
+        """Have a new process started: by the frontend where there is one rank, else by a survivor that is not at it.
+
+        After a failure by another one than before: it may have been the survivor's.
+        """
+        spawner = None
+        if len(self._ranks) > 1:
+            busy = {other.spawner for other in self._ranks if other.state == "joining" and not other.said_hello}
+            free = [other.rank for other in self._ranks if other.state == "up" and other.rank not in busy]
+            if not free:
+                return
+            spawner = free[record.attempts % len(free)]
+        record.begin_process(now, spawner=spawner)
+        self._move(record, "joining", "respawned", now)
+        self._out.append(Respawn(record.life, spawner))
 
     def _watch_joining(self, record: RankRecord, now: float) -> None:
-        silent, spawner = now - record.heard_at, record.spawner
+        settings, spawner = self._settings, record.spawner
+        silent, waiting = now - record.heard_at, now - record.since
         if record.said_hello:
-            if silent > self._settings.starved_dead:
+            if silent > settings.starved_dead:
                 self._die(record, f"its heart has been silent for {silent:.1f} s", now)
         elif spawner is not None and not self._ranks[spawner].living:
-            self._end(record, f"cannot respawn: rank {spawner}, which was to start it, is gone", now)
-        elif silent > self._settings.hello_timeout:
-            self._end(record, f"cannot respawn: the new process has not said hello for {silent:.0f} s", now)
+            record.attempts -= 1  # no fault of its own
+            self._abandon(record, f"rank {spawner}, which was to start it, is gone", now)
+        elif waiting > settings.hello_timeout:
+            self._abandon(record, f"the new process has not said hello for {waiting:.0f} s", now)
+        elif not record.began and waiting > settings.begin_timeout:
+            self._abandon(record, f"no new process has begun for {waiting:.0f} s", now)
+
+    def _abandon(self, record: RankRecord, reason: str, now: float) -> None:
+        """A new process that does not come is not waited for: another one takes its place."""
+        self._kill(record, now)
+        self._end(record, f"cannot respawn: {reason}", now)
 
     # --- changes
 
@@ -328,6 +368,10 @@ class Membership:
         if record.state == "dead":
             return
         settings = self._settings
+        if record.state == "joining":
+            record.attempts += 1
+            if record.attempts >= settings.most_attempts:
+                reason = f"{reason} (given up after {record.attempts} attempts)"
         if record.living and now - record.since >= settings.steady_after:
             record.failures = 0
         delay = settings.backoff * 2.0 ** (record.failures - 1) if record.failures else 0.0
@@ -403,7 +447,7 @@ class Membership:
         if any(record.state == "dead" and not record.ended and record.killed_at is None for record in self._ranks):
             return True
         can_spawn = len(self._ranks) == 1 or any(record.living for record in self._ranks)
-        return self._settings.respawn and can_spawn
+        return can_spawn and any(record.state == "dead" and self._may_respawn(record) for record in self._ranks)
 
     def _fail(self, reason: str) -> None:
         self._failed = True

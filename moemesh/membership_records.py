@@ -23,11 +23,13 @@ LIVING: frozenset[RankState] = frozenset({"up", "suspect"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankView:
-    """One rank, and why it is in its state."""
+    """One rank, and why it is in its state. `born`: the incarnation that its process began as; -1 while there is none
+    that others can meet."""
 
     incarnation: int
     state: RankState
     reason: str = ""
+    born: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +57,25 @@ class View:
         """Ranks that serve."""
         return tuple(rank for rank, record in enumerate(self.ranks) if record.state in LIVING)
 
+    def listening(self) -> tuple[int, ...]:
+        """Ranks that follow the view: those that serve, and those about to."""
+        joining = (rank for rank, record in enumerate(self.ranks) if record.state == "joining" and record.born >= 0)
+        return (*self.living(), *joining)
+
 
 # --- events. Each names the lives it is about; one about another life than the present one changes nothing.
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessBegan:
+    """A rank's process is there, and does not take part yet."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
 class HelloSeen:
-    """A rank's process is there."""
+    """A rank takes part: it can be told what to load, and others can meet it."""
 
     life: Life
 
@@ -155,7 +169,8 @@ class Tick:
 
 
 Event = (
-    HelloSeen
+    ProcessBegan
+    | HelloSeen
     | ReadySeen
     | Heartbeat
     | PeerLost
@@ -292,7 +307,9 @@ class MembershipSettings:
     ended or is stopped. One that is alive may come back, as a new life, until `stop_grace` is over; then it is killed.
 
     A lost process is replaced at once, with `backoff`, doubled each time up to `longest_backoff`, from the second
-    death in a row on of which none came after `steady_after` of service.
+    death in a row on of which none came after `steady_after` of service. The new one must begin within
+    `begin_timeout` and say hello within `hello_timeout`. After `most_attempts` in a row that never served it is given
+    up.
 
     Without `fault_tolerance` nobody is suspected, and a lost process is the end of the mesh.
     """
@@ -309,10 +326,12 @@ class MembershipSettings:
     late_memory: float = 1.0
     own_lateness: float = 0.2
     doubt: float = 3.0
+    begin_timeout: float = 15.0
     hello_timeout: float = 60.0
     backoff: float = 1.0
     longest_backoff: float = 60.0
-    steady_after: float = 10.0
+    steady_after: float = 3.0
+    most_attempts: int = 5
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -117,8 +117,7 @@ async def _watch(ranks: RankProcesses, controller: Controller) -> None:
 def _settings(options: EngineOptions) -> MembershipSettings:
     return MembershipSettings(
         fault_tolerance=options.fault_tolerance == "on",
-        # One of several ranks cannot be replaced yet: its peers would have to let it into their MPI.
-        respawn=options.respawn == "on" and options.ranks == 1,
+        respawn=options.respawn == "on",
         stop_grace=options.stop_grace,
     )
 

@@ -31,6 +31,7 @@ from moemesh.membership_records import (
     Note,
     PeerLate,
     PeerLost,
+    ProcessBegan,
     ProcessEnded,
     ProcessSeen,
     PublishView,
@@ -40,6 +41,7 @@ from moemesh.membership_records import (
     Regroup,
     Respawn,
     RestartGroup,
+    SpawnFailed,
     TookOver,
     Transition,
     UnfitSeen,
@@ -133,11 +135,17 @@ class MeshControl:
         """A message of a rank about itself or its peers."""
         if not self.membership.is_present(life):
             self._metrics.stale_messages.inc()
+            if isinstance(message, messages.Started):  # it was given up before it came
+                self._watch.watch(life, message.pid, message.host)
+                self._watch.kill(life)
             return
         match message:
             case messages.Heartbeat(progress=progress, working=working):
                 self.tell(Heartbeat(life, progress, working))
                 self.send(life, messages.Heard(), "heart")
+            case messages.Started(pid=pid, host=host):
+                self._watch.watch(life, pid, host)
+                self.tell(ProcessBegan(life))
             case messages.Hello():
                 self._hello(life, message)
             case messages.Progress(stage=stage, done=done, total=total):
@@ -151,6 +159,8 @@ class MeshControl:
                 self.tell(HostingSeen(life, experts, refused, problem))
             case messages.Unfit(generation=generation, error=error):
                 self.tell(UnfitSeen(life, generation, error))
+            case messages.NotSpawned(rank=rank, incarnation=incarnation, error=error):
+                self.tell(SpawnFailed(Life(rank, incarnation), error))
             case messages.PeerReport(peer=peer, incarnation=incarnation, evidence=evidence):
                 kind = PeerLost if evidence == "failed" else PeerLate
                 self.tell(kind(life, Life(peer, incarnation)))
@@ -200,7 +210,6 @@ class MeshControl:
         """Give a rank the plan it loads by, unless its arithmetic differs from the others'. If that is not settled yet,
         those who come first wait for the others."""
         self.view.note_hello(hello)
-        self._watch.watch(life, hello.pid, hello.host)
         self.tell(HelloSeen(life))
         difference = self._difference(hello)
         if difference:
@@ -244,14 +253,24 @@ class MeshControl:
                 self._watch.rename(life, Life(life.rank, incarnation))
                 self._metrics.ranks.rename(life.rank, incarnation)
                 self.send(life, messages.Readmit(incarnation=incarnation))
-            case Respawn(life):
-                self._respawns.put_nowait(life)
+            case Respawn(life, by):
+                self._metrics.respawns.labels(str(life.rank)).inc()
+                self._respawn(life, by)
             case TookOver():
                 self._note_take_over(instruction)
             case FailMesh(reason):
                 self._listener.mesh_failed(reason)
             case Note(text):
                 logger.warning("%s", text)
+
+    def _respawn(self, life: Life, by: int | None) -> None:
+        if by is None:
+            self._respawns.put_nowait(life)
+            return
+        local_rank, ranks_on_host = self.view.place_on_host(life.rank)
+        order = messages.Respawn(life.rank, life.incarnation, local_rank, ranks_on_host)
+        if not self.send(self.membership.present(by), order):
+            self.tell(SpawnFailed(life, f"rank {by} cannot be told to start it"))
 
     def _publish(self, view: View, placement: Placement, orders: Orders) -> None:
         self._metrics.epoch.set(view.epoch)
@@ -260,18 +279,19 @@ class MeshControl:
             epoch=view.epoch,
             incarnations=[record.incarnation for record in view.ranks],
             states=[record.state for record in view.ranks],
+            born=[record.born for record in view.ranks],
             groups=[messages.GroupMembers(group.generation, list(group.members), group.since) for group in view.groups],
         )
         hosts = {layer: [list(ranks) for ranks in placement.hosts_of(layer)] for layer in placement.moe_layers}
-        for rank in view.living():
+        for rank in view.listening():
             life = Life(rank, view.ranks[rank].incarnation)
             # Everybody plans the first placement alike.
             news = (placement.version, orders.get(rank, {}))
-            if self._placed.get(life, (0, {})) != news:
+            order = {layer: list(experts) for layer, experts in news[1].items()}
+            known = self._placed.get(life, (0, {})) == news
+            if known or self.send(life, messages.Place(placement.version, hosts, order)):
                 self._placed[life] = news
-                order = {layer: list(experts) for layer, experts in news[1].items()}
-                self.send(life, messages.Place(placement.version, hosts, order))
-            self.send(life, message)
+                self.send(life, message)
         self._listener.mesh_changed()
 
     def _note_take_over(self, done: TookOver) -> None:

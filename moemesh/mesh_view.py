@@ -48,6 +48,12 @@ class MeshView:
         """Ranks that have said hello."""
         return [rank for rank, facts in self._ranks.items() if facts.pid is not None]
 
+    def place_on_host(self, rank: int) -> tuple[int, int]:
+        """Its number among the ranks of its host, and how many they are."""
+        host = self._ranks[rank].host
+        there = [facts.rank for facts in self._ranks.values() if facts.host == host]
+        return there.index(rank), len(there)
+
     def instruction_sets(self) -> dict[int, str]:
         """Instruction set of every rank that has said hello."""
         return {rank: self._ranks[rank].isa for rank in self.known_ranks()}

@@ -226,6 +226,12 @@ class Metrics:
             ("rank", "state"),
             registry=registry,
         )
+        self.respawns = Counter(
+            "moemesh_rank_respawns",
+            "Processes that were to be started in the place of a lost one.",
+            ("rank",),
+            registry=registry,
+        )
         self.restarts = Counter(
             "moemesh_request_restarts",
             "Requests that were given to an attention group again, with their tokens so far.",

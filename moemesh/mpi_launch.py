@@ -260,6 +260,13 @@ def _prepare_open_mpi(environment: MutableMapping[str, str]) -> Path | None:
     return segments
 
 
+def prepare_newcomer(environment: MutableMapping[str, str]) -> None:
+    """The same for a process that a rank has spawned. It shares memory with nobody, and so needs no segment."""
+    environment.setdefault("OMPI_MCA_pml", "ob1")
+    if environment.get("OMPI_MCA_btl", "^ofi") == "^ofi":
+        environment["OMPI_MCA_btl"] = "^ofi,sm"
+
+
 def _adopt(run: RunDirectory, segments: Path | None) -> None:
     """Whoever ends the mesh removes what this rank and its mpirun would leave behind."""
     if segments is not None:

@@ -22,6 +22,7 @@ from moemesh.heads import HeadLoader, Heads
 from moemesh.idle import IdleWait
 from moemesh.kept_cache import KeptCache
 from moemesh.model import RankModel
+from moemesh.neighbours import Neighbours
 from moemesh.overlap import OverlapRule
 from moemesh.rank_engine import ControlPort, HeartBeat, MakeMember, RankEngine
 from moemesh.scheduler import Scheduler
@@ -61,6 +62,7 @@ def build_rank(
     device: torch.device,
     idle: IdleWait,
     heart: HeartBeat,
+    neighbours: Neighbours,
     head_loader: HeadLoader,
     executor: Executor,
     make_take_over: Callable[[ExpertService], TakeOver] | None = None,
@@ -116,6 +118,7 @@ def build_rank(
         num_blocks=mesh.num_cache_blocks or 0,
         idle=idle,
         heart=heart,
+        neighbours=neighbours,
         clock=clock,
     )
 

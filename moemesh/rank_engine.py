@@ -20,6 +20,7 @@ from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
 from moemesh.kept_cache import KeptCache
 from moemesh.membership_records import LIVING
+from moemesh.neighbours import Neighbours
 from moemesh.rank_counters import dispatch_counters, frame_counters, member_counters, scheduler_gauges
 from moemesh.request_messages import output_item, submitted_sequence
 from moemesh.sequence import SequenceOutput
@@ -91,6 +92,7 @@ class RankEngine:
         num_blocks: int,
         idle: IdleWait,
         heart: HeartBeat,
+        neighbours: Neighbours,
         clock: Callable[[], float],
     ) -> None:
         """`members` are those of this rank's attention group, if it has one."""
@@ -108,13 +110,21 @@ class RankEngine:
         self._num_blocks = num_blocks
         self._idle = idle
         self._heart = heart
+        self._neighbours = neighbours
         self._clock = clock
         self._placement = placement
         self._order: Mapping[int, list[int]] = {}
         self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
+        self._view: messages.View | None = None
+        # What was asked of a generation of our group that we have not begun yet.
+        self._held: list[messages.Message] = []
+        self._reborn = False  # we are in another life than our group's member
         self._incarnations = [0] * link.num_ranks
+        # A new life that has not met everybody yet.
+        self._joining = link.incarnation > 0
         # The peers that the link talks with, each with its life.
-        self._linked = {peer: 0 for peer in range(link.num_ranks) if peer != link.rank}
+        peers = [] if self._joining else [peer for peer in range(link.num_ranks) if peer != link.rank]
+        self._linked = dict.fromkeys(peers, 0)
         self._early_plans: list[Frame] = []
         # What the members of earlier generations have counted.
         self._past: Counter[str] = Counter()
@@ -157,6 +167,7 @@ class RankEngine:
         """One turn of the loop; whether there was anything to do."""
         busy = self._read_control()
         if self._link.num_ranks > 1:
+            self._meet_newcomers()
             busy |= self._read_frames()
         busy |= self._answer_experts()
         if self._take_over is not None and (taken := self._take_over.turn()) is not None:
@@ -170,7 +181,8 @@ class RankEngine:
         return busy
 
     def announce(self) -> None:
-        """Tell the frontend that this rank can compute, and what."""
+        """Tell the frontend that this rank can compute, and what. One that joins a mesh which serves says so by
+        itself."""
         self._control.send(messages.Hosting(self._experts.hosted()))
         self._control.send(messages.Ready(rank=self._link.rank, num_blocks=self._num_blocks))
 
@@ -186,8 +198,15 @@ class RankEngine:
 
     def _read_control(self) -> bool:
         received = self._control.receive_all()
+        self.hear(received)
+        return bool(received)
+
+    def hear(self, received: Iterable[messages.Message]) -> None:
+        """Do what the frontend says."""
         for message in received:
             match message:
+                case messages.Submit() | messages.Cancel() | messages.Regroup() if self._behind():
+                    self._held.append(message)
                 case messages.Submit():
                     self._submit(message)
                 case messages.Cancel(request_id=request_id):
@@ -203,6 +222,8 @@ class RankEngine:
                     self._follow(message)
                 case messages.Regroup(generation=generation, sequences=sequences):
                     self._resume(generation, sequences)
+                case messages.Respawn():
+                    self._neighbours.spawn(message)
                 case messages.Readmit(incarnation=incarnation):
                     self._begin_life(incarnation)
                 case messages.Stop():
@@ -211,25 +232,39 @@ class RankEngine:
                     logger.warning(
                         "the frontend sent a %s, which a serving rank does not expect", type(message).__name__
                     )
-        return bool(received)
 
     def _follow(self, view: messages.View) -> None:
         """What the frontend says of the mesh."""
-        rank = self._link.rank
-        new_life = view.incarnations[rank] != self._incarnations[rank]
+        before, self._view = self._view, view
+        if before is not None and self._group is not None and before.groups[self._group] != view.groups[self._group]:
+            self._held.clear()  # asked of a generation that is over before it began: they are asked again
+        self._reborn |= view.incarnations[self._link.rank] != self._incarnations[self._link.rank]
         self._incarnations = view.incarnations
-        living = {rank: view.incarnations[rank] for rank, state in enumerate(view.states) if state in _MEMBERS}
+        self._neighbours.follow(view)
+        self._adopt(view)
+
+    def _adopt(self, view: messages.View) -> None:
+        """Do as the view says, as far as we have met whom it names.
+
+        Who was not met cannot be asked. A group's new generation waits for us to meet its members.
+        """
+        self._incarnations = view.incarnations
+        present = {rank: view.incarnations[rank] for rank, state in enumerate(view.states) if state in _MEMBERS}
+        living = {rank: life for rank, life in present.items() if self._reaches(view, rank)}
         self._link_with(living)
+        if self._joining and living == present:
+            self._joining = False
+            self.announce()
         news = (self._placement.version, living)
         if self._client is not None and news != self._followed:
             self._client.follow(self._placement, living)
         self._followed = news
-        if self._take_over is not None:
+        if self._take_over is not None and view.states[self._link.rank] in _MEMBERS:
             self._take_over.follow(self._placement.experts_of(self._link.rank), self._order)
-        if self._group is not None:
-            self._regroup(view.groups[self._group], new_life=new_life)
+        if self._group is not None and set(view.groups[self._group].members) <= living.keys():
+            self._regroup(view.groups[self._group])
 
-    def _regroup(self, group: messages.GroupMembers, *, new_life: bool) -> None:
+    def _regroup(self, group: messages.GroupMembers) -> None:
         """What we know of the cache counts in the next generation, unless that or we begin with nothing."""
         assert self._member is not None
         assert self._make_member is not None
@@ -237,14 +272,35 @@ class RankEngine:
             return
         self._past.update(member_counters(self._member))
         kept = self._member.leave()
-        if new_life or kept is None or kept.generation < group.since or self._link.rank not in group.members:
+        if self._reborn or kept is None or kept.generation < group.since or self._link.rank not in group.members:
             kept = None
+        self._reborn = False
         members = tuple(group.members) if self._link.rank in group.members else ()
         self._member = self._make_member(group.generation, members, goes_on=group.since < group.generation, kept=kept)
         self._mailbox.discard(group.generation)
         early, self._early_plans = self._early_plans, []
         for frame in early:
             self._receive_plan(frame)
+        held, self._held = self._held, []
+        self.hear(held)
+
+    def _behind(self) -> bool:
+        """The view names a later generation of our group than the one that we are in."""
+        if self._view is None or self._group is None or self._member is None:
+            return False
+        return self._view.groups[self._group].generation != self._member.generation
+
+    def _reaches(self, view: messages.View, rank: int) -> bool:
+        return rank == self._link.rank or self._neighbours.reaches(rank, view.born[rank])
+
+    def _meet_newcomers(self) -> None:
+        """What has come of meetings since we looked last."""
+        joined = self._link.take_joined()
+        self._neighbours.joined(joined)
+        if joined and self._view is not None:
+            self._adopt(self._view)
+        for not_spawned in self._neighbours.take_not_spawned():
+            self._control.send(not_spawned)
 
     def _link_with(self, living: Mapping[int, int]) -> None:
         """Talk with these lives of our peers, and with no others."""
@@ -264,10 +320,12 @@ class RankEngine:
         self._control.begin_life(life)
         self._heart.begin_life(life)
         self._link.renew(incarnation)
+        self._joining, self._view = True, None
         if self._take_over is not None:
             self._order = {}
             self._take_over.follow(self._experts.hosted(), self._order)
-        self.announce()
+        # A view comes when this is heard, with those who came while we were away.
+        self._control.send(messages.Hosting(self._experts.hosted()))
 
     def _submit(self, message: messages.Submit) -> None:
         member = self._require_member()

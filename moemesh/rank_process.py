@@ -2,24 +2,27 @@
 
 Hello to the frontend, Start from it with the mesh it has planned, load, Ready, serve until Stop. A rank ends in order
 with `os._exit(0)` and in any other case with SIGKILL: MPI sees the one and not the other.
+
+`--newcomer`: one that a survivor spawned. What mpirun's variables say then tells of a job of one process.
 """
 
 import argparse
 import gc
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mesh_config import ConfigError
-from moemesh.mpi_launch import mpi_launch
+from moemesh.mpi_launch import prepare_newcomer
+from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory
 from moemesh.shard_file import CheckpointError
 from moemesh.watchdog import Watchdog, end_alone, end_failed
 from transport import messages
 from transport.control import ControlClient
-from transport.life import Life
 
 GOODBYE_SECONDS = 1.0
 
@@ -31,25 +34,29 @@ def main(arguments: Sequence[str]) -> NoReturn:
     parser = argparse.ArgumentParser(description="one rank of a mesh; started by `moemesh serve`")
     parser.add_argument("--run-directory", required=True)
     parser.add_argument("--incarnation", type=int, default=0)
+    parser.add_argument("--newcomer", type=int, nargs=7, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    run_rank(RunDirectory.open(given.run_directory), given.incarnation)
+    run = RunDirectory.open(given.run_directory)
+    if given.newcomer is None:
+        run_rank(RankPlace.of_launch(run, os.environ, given.incarnation))
+    prepare_newcomer(os.environ)
+    run_rank(RankPlace.of_newcomer(run, given.newcomer))
 
 
-def run_rank(run: RunDirectory, incarnation: int = 0) -> NoReturn:
-    """Be the rank that the launcher's environment says we are, in the mesh of `run`. Never returns."""
-    started_by = os.getppid()
+def run_rank(place: RankPlace) -> NoReturn:
+    """Be this life of a rank. Never returns."""
+    started_by, run, rank = os.getppid(), place.run, place.rank
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     Watchdog(run, started_by=started_by).start()
-    launch = mpi_launch(os.environ)
-    rank, num_ranks = launch or (0, 1)
-    control = ControlClient(run.contact.endpoint, Life(rank, incarnation), keys=run.contact.keys)
+    control = ControlClient(run.contact.endpoint, place.life, keys=run.contact.keys)
+    control.send(messages.Started(pid=os.getpid(), host=socket.gethostname()))
     # Of what is imported and loaded from here on nothing is garbage: looking for it took a tenth of the time.
     gc.disable()
     try:
         # Not at the top: torch takes a second, in which nobody would watch over this process.
         from moemesh.rank_startup import serve_rank
 
-        serve_rank(run, num_ranks, control)
+        serve_rank(place, control)
     except (ConfigError, CheckpointError) as error:
         _fail(run, control, rank, str(error))
     except Exception as error:

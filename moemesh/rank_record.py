@@ -15,9 +15,10 @@ MOST_FAILURES = 3
 class RankRecord:
     """One rank in its present life. Times are the controller's.
 
-    `hosting`: the experts that a life which does not serve yet says it has. `ended`: the process of this life is known
-    to be gone. `failures`: deaths in a row, none of which came after a long time up; the next life does not begin
-    before `retry_at`.
+    `born`: the life that its process began as. `began`, `said_hello`: how far a new process has come; `spawner` was to
+    start it. `hosting`: the experts that a life which does not serve yet says it has. `ended`: the process of this life
+    is known to be gone. `failures`: deaths in a row, none of which came after a long time up; the next life does not
+    begin before `retry_at`. `attempts`: lives in a row that never served.
     """
 
     rank: int
@@ -25,11 +26,14 @@ class RankRecord:
     state: RankState = "loading"
     reason: str = "starting"
     since: float = 0.0
+    born: int = 0
+    began: bool = False
     said_hello: bool = False
     spawner: int | None = None
     ended: bool = False
     killed_at: float | None = None
     failures: int = 0
+    attempts: int = 0
     retry_at: float = 0.0
     heard_at: float = 0.0
     seen_running_at: float | None = None
@@ -49,15 +53,26 @@ class RankRecord:
         """It serves."""
         return self.state in LIVING
 
-    def begin_life(self, now: float, *, spawner: int | None = None) -> None:
+    @property
+    def can_be_met(self) -> bool:
+        """Its process takes part in the mesh, or will without being met."""
+        return self.said_hello or self.born == 0
+
+    def begin_life(self, now: float) -> None:
         """A new incarnation: nothing that was known of the one before holds."""
         self.incarnation += 1
-        self.said_hello = self.ended = self.working = False
-        self.killed_at = self.seen_running_at = None
-        self.spawner = spawner
+        self.ended = self.working = False
+        self.killed_at = self.seen_running_at = self.spawner = None
         self.hosting = {}
         self.progress = 0
         self.forgive(now)
+
+    def begin_process(self, now: float, *, spawner: int | None) -> None:
+        """A new incarnation, in a process that `spawner` is to start (None: the frontend)."""
+        self.begin_life(now)
+        self.born = self.incarnation
+        self.began = self.said_hello = False
+        self.spawner = spawner
 
     def forgive(self, now: float) -> None:
         """All deadlines begin anew."""

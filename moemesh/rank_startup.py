@@ -25,11 +25,11 @@ from moemesh.heart import Heart, StillHeart
 from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of, quantization, threads_per_rank
 from moemesh.model_loader import ModelLoader
+from moemesh.neighbours import Neighbours
 from moemesh.options import EngineOptions
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import HeartBeat
 from moemesh.rank_place import RankPlace
-from moemesh.run_directory import RunDirectory
 from moemesh.take_over import TakeOver
 from moemesh.watchdog import end_alone
 from transport import messages
@@ -39,6 +39,7 @@ from transport.life import Life
 from transport.links import Link
 from transport.local_link import LocalNetwork
 from transport.mpi_link import MpiLink
+from transport.mpi_meetings import MpiMeetings
 from transport.mpi_runtime import init_mpi
 from transport.trace import Trace
 
@@ -50,30 +51,30 @@ ABANDONED_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-def serve_rank(run: RunDirectory, num_ranks: int, control: ControlClient) -> None:
-    """Be the life of a rank of `num_ranks` that `control` names, until told to stop.
+def serve_rank(place: RankPlace, control: ControlClient) -> None:
+    """Be the rank that `place` says, until told to stop.
 
     Expects the garbage collector off, and turns it on. Raises ConfigError or CheckpointError for what the user can
     mend, and whatever else goes wrong.
     """
-    options = run.read_options()
-    place = RankPlace(run=run, rank=control.life.rank, num_ranks=num_ranks)
-    with closing(Trace(run.trace(place.rank))) if options.trace is not None else nullcontext() as trace:
-        heart = _heart(options, run, control.life)
+    options = place.run.read_options()
+    with closing(Trace(place.run.trace(place.rank))) if options.trace is not None else nullcontext() as trace:
+        heart = _heart(options, place)
         try:
             _serve(options, place, control, heart, trace)
         finally:
             heart.stop()
 
 
-def _heart(options: EngineOptions, run: RunDirectory, life: Life) -> Heart | StillHeart:
+def _heart(options: EngineOptions, place: RankPlace) -> Heart | StillHeart:
     """One that beats already: loading takes time."""
     if options.fault_tolerance == "off":
         return StillHeart()
+    run = place.run
     contact = run.contact
     heart = Heart(
         lambda life: ControlClient(contact.endpoint, life, channel="heart", keys=contact.keys),
-        life,
+        place.life,
         end=lambda reason: end_alone(run, reason),
         is_gone=lambda: run.is_remote and is_refused(contact.endpoint),
         abandoned_s=options.stop_grace + ABANDONED_SECONDS if run.is_remote else math.inf,
@@ -85,12 +86,13 @@ def _heart(options: EngineOptions, run: RunDirectory, life: Life) -> Heart | Sti
 def _serve(
     options: EngineOptions, place: RankPlace, control: ControlClient, heart: HeartBeat, trace: Trace | None
 ) -> None:
-    device, rank = _claim_device(options), place.rank
+    device, rank = _claim_device(options, place.local_rank), place.rank
     kernels.set_num_threads(threads_per_rank(options, place.ranks_on_host))
     if rank == 0:
         _say_what_is_slow(device)
     # Torch moves rows and adds them, no more: a second pool of threads would only spin against ours.
     torch.set_num_threads(1)
+    meetings = _meet_parent(place) if place.parent is not None else None
     control.send(
         messages.Hello(
             rank=rank,
@@ -102,11 +104,15 @@ def _serve(
             arithmetic=options.arithmetic,
         )
     )
-    mesh = MeshConfig.from_dict(_await_start(control).config)
+    start, earlier = _await_start(control)
+    mesh = MeshConfig.from_dict(start.config)
     if mesh.num_ranks != place.num_ranks:
         raise ConfigError(f"the frontend planned {mesh.num_ranks} ranks, {place.num_ranks} were started: start as many")
     bell = place.doorbell()
-    link = _connect(rank, mesh, bell, trace)
+    link, neighbours = _connect(place, mesh, meetings, bell, trace)
+    for message in earlier:
+        if isinstance(message, messages.View):
+            neighbours.follow(message)
     config = load_model_config(options.model_folder)
     placement = placement_of(config, mesh)
     checksums = Checksums()
@@ -124,7 +130,7 @@ def _serve(
     )
     model = loader.load()
     checksums.save(place.run.checksums(rank))
-    idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded)
+    idle = IdleWait(control, bell=bell, alone=mesh.num_ranks == 1, crowded=place.crowded(kernels.num_threads()))
     engine = build_rank(
         model,
         mesh,
@@ -134,12 +140,15 @@ def _serve(
         device=device,
         idle=idle,
         heart=heart,
+        neighbours=neighbours,
         head_loader=HeadLoader(loader.mla, checkpoint, prepare=lambda: checksums.learn(place.run.all_checksums())),
         executor=ThreadPoolExecutor(1, "heads"),
         make_take_over=_take_over_maker(checkpoint, checksums, loader.ffns, place, bell),
         trace=trace,
     )
-    engine.announce()
+    engine.hear(earlier)
+    if place.parent is None:
+        engine.announce()
     # All that is there now stays: the collector need never look at it again.
     gc.freeze()
     gc.enable()
@@ -166,9 +175,8 @@ def _take_over_maker(
     return make
 
 
-def _claim_device(options: EngineOptions) -> torch.device:
+def _claim_device(options: EngineOptions, local_rank: int) -> torch.device:
     """The device this rank computes on."""
-    local_rank = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     if not use_cuda:
         return torch.device("cpu")
@@ -194,23 +202,60 @@ def _say_what_is_slow(device: torch.device) -> None:
         logger.warning("on CUDA torch's own kernels are used: tokens may depend on the batch")
 
 
-def _await_start(control: ControlClient) -> messages.Start:
+def _meet_parent(place: RankPlace) -> MpiMeetings:
+    """A newcomer's first meeting. Its parent waits in MPI: everything that takes time has been imported before."""
+    assert place.parent is not None
+    meetings = _meetings(place)
+    meetings.meet_parent(*place.parent)
+    return meetings
+
+
+def _meetings(place: RankPlace) -> MpiMeetings:
+    return MpiMeetings(
+        run_id=place.run.path.name, rank=place.rank, num_ranks=place.num_ranks, incarnation=place.incarnation
+    )
+
+
+def _await_start(control: ControlClient) -> tuple[messages.Start, list[messages.Message]]:
+    """What to become, and what was said besides: where the mesh serves already, who is there."""
     deadline = time.monotonic() + START_SECONDS
+    earlier: list[messages.Message] = []
     while time.monotonic() < deadline:
         control.wait(1.0)
-        for message in control.receive_all():
+        earlier += control.receive_all()
+        for place, message in enumerate(earlier):
             if isinstance(message, messages.Start):
-                return message
+                del earlier[place]
+                return message, earlier
     raise ConfigError(f"the frontend did not answer for {START_SECONDS:.0f} s")
 
 
-def _connect(rank: int, mesh: MeshConfig, bell: Doorbell | None, trace: Trace | None) -> Link:
-    if mesh.num_ranks == 1:
-        return LocalNetwork(1).links[0]
-    world = init_mpi().COMM_WORLD
-    if world.rank != rank or world.size != mesh.num_ranks:
-        raise ConfigError(f"MPI says rank {world.rank} of {world.size}, the launcher {rank} of {mesh.num_ranks}")
-    return MpiLink(world.Dup(), credit_window=mesh.credit_window, bell=bell, trace=trace)
+def _connect(
+    place: RankPlace, mesh: MeshConfig, meetings: MpiMeetings | None, bell: Doorbell | None, trace: Trace | None
+) -> tuple[Link, Neighbours]:
+    """The link, and those within its reach. `meetings`: a newcomer's, which has met its parent."""
+    peers = [peer for peer in range(mesh.num_ranks) if peer != place.rank]
+    if not peers:
+        return LocalNetwork(1).links[0], Neighbours(place.rank, born=place.incarnation, met={})
+    comm = None
+    if meetings is None:
+        world = init_mpi().COMM_WORLD
+        if world.rank != place.rank or world.size != mesh.num_ranks:
+            found = f"rank {world.rank} of {world.size}, the launcher {place.rank} of {mesh.num_ranks}"
+            raise ConfigError(f"MPI says {found}")
+        comm, meetings = world.Dup(), _meetings(place)
+    link = MpiLink(comm, meetings=meetings, credit_window=mesh.credit_window, bell=bell, trace=trace)
+    neighbours = Neighbours(
+        place.rank,
+        born=place.incarnation,
+        met=dict.fromkeys(peers, 0) if comm is not None else {},
+        meetings=meetings,
+        command=lambda order: place.newcomer_command(
+            Life(order.rank, order.incarnation), local_rank=order.local_rank, ranks_on_host=order.ranks_on_host
+        ),
+    )
+    neighbours.joined(link.take_joined())
+    return link, neighbours
 
 
 class _Reporter:

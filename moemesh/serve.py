@@ -18,6 +18,7 @@ from moemesh.mpi_launch import ATTACHED_FRONTEND, AttachedRanks, join_mesh, outl
 from moemesh.options import ServeOptions
 from moemesh.port import check_port_free, listening
 from moemesh.processes import ProcessIdentity
+from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory, RunDirectoryError
 from moemesh.trace_file import save_trace
 
@@ -58,7 +59,7 @@ def serve_as_rank(options: ServeOptions) -> None:
     run = join_mesh(options.ranks, lambda machines: _prepare_attached(options, machines))
     from moemesh.rank_process import run_rank
 
-    run_rank(run)
+    run_rank(RankPlace.of_launch(run, os.environ))
 
 
 def serve_attached(run_directory: str, starter: str) -> int:

@@ -70,7 +70,8 @@ class Link(Protocol):
         ...
 
     def take_joined(self) -> list[tuple[int, int]]:
-        """Lives (rank, incarnation) that came within reach since the last call, and wait to be admitted."""
+        """Processes that came within reach since the last call, and wait to be admitted: the rank of each, and the
+        incarnation that it began as."""
         ...
 
     def forget(self, peer: int) -> None:
@@ -225,6 +226,8 @@ class WindowedLink(ABC):
         """See Link."""
         state = self._peers[peer]
         state.admit(incarnation, self._new_window())
+        # The loss of the life before must not be taken for that of this one.
+        self._unreported = [lost for lost in self._unreported if lost != peer]
         self._early += [(peer, data) for data in state.take_early()]
 
     def renew(self, incarnation: int) -> None:
@@ -342,5 +345,5 @@ class WindowedLink(ABC):
             self._unreported.append(peer)
 
     def _mark_joined(self, peer: int, incarnation: int) -> None:
-        """A life of a peer is within reach."""
+        """A process of a peer is within reach."""
         self._joined.append((peer, incarnation))

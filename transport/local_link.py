@@ -136,7 +136,7 @@ class LocalNetwork:
         for peer, other in enumerate(self._links):
             if peer != rank and peer not in self._dead:
                 other.peer_joined(rank, incarnation)
-                link.peer_joined(peer, other.incarnation)
+                link.peer_joined(peer, other.born)
         return link
 
     def stop(self, rank: int) -> None:
@@ -258,6 +258,7 @@ class LocalLink(WindowedLink):
             check_payload=check_payload,
         )
         self._network = network
+        self.born = incarnation
 
     def peer_died(self, peer: int, incarnation: int) -> None:
         """The network says that a life of a peer is over; of no interest once there is a later one."""
@@ -265,7 +266,7 @@ class LocalLink(WindowedLink):
             self._mark_lost(peer)
 
     def peer_joined(self, peer: int, incarnation: int) -> None:
-        """The network says that a life of a peer is within reach."""
+        """The network says that a process of a peer, which began as `incarnation`, is within reach."""
         self._mark_joined(peer, incarnation)
 
     def _transmit(self, peer: int, buffer: WireBuffer) -> None:

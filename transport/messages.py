@@ -75,11 +75,15 @@ class GroupMembers:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Who is in the mesh; ranks and groups by number. `states`: loading, up, suspect, dead or joining."""
+    """Who is in the mesh; ranks and groups by number. `states`: loading, up, suspect, dead or joining.
+
+    `born`: with which incarnation the present process of each rank began; -1 while there is none that can be met.
+    """
 
     epoch: int
     incarnations: list[int]
     states: list[str]
+    born: list[int]
     groups: list[GroupMembers]
 
 
@@ -111,11 +115,38 @@ class Regroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Respawn:
+    """Have a process started that is to be this life. It is the `local_rank`-th of `ranks_on_host` on its host."""
+
+    rank: int
+    incarnation: int
+    local_rank: int
+    ranks_on_host: int
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """To a rank's heart: the frontend has heard it beat."""
 
 
 # From a rank to the frontend.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The process of a rank has begun; all else may take a while."""
+
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotSpawned:
+    """The process that was to be this life could not be started."""
+
+    rank: int
+    incarnation: int
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +285,9 @@ Message = (
     | Hosting
     | Regroup
     | Unfit
+    | Respawn
+    | Started
+    | NotSpawned
 )
 
 _TYPES: tuple[type[Any], ...] = get_args(Message)

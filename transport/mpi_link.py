@@ -87,7 +87,7 @@ class MpiLink(WindowedLink):
         # until MPI says that they ended, and freed once nothing is under way.
         self._fading: list[Intercomm] = []
         self._ended: list[Intercomm] = []
-        self._waiting: dict[tuple[int, int], Intercomm] = {}
+        self._waiting: dict[int, Intercomm] = {}
         self._sending: list[tuple[int, Request, WireBuffer]] = []
         # Buffers of unfinished sends and receives are never reused: MPI may still touch them.
         self._abandoned: list[tuple[Request, WireBuffer]] = []
@@ -95,12 +95,12 @@ class MpiLink(WindowedLink):
         self._receiving: dict[int, deque[tuple[Request, WireBuffer]]] = {}
 
     def take_joined(self) -> list[tuple[int, int]]:
-        """See Link. A life joins once it was met; its frames are not looked for before it is admitted."""
+        """See Link. A process joins once it was met; its frames are not looked for before it is admitted."""
         if self._meetings is not None:
             for rank, incarnation, comm in self._meetings.take_met():
-                for earlier in [life for life in self._waiting if life[0] == rank]:
-                    self._fading.append(self._waiting.pop(earlier))
-                self._waiting[rank, incarnation] = comm
+                if rank in self._waiting:
+                    self._fading.append(self._waiting.pop(rank))
+                self._waiting[rank] = comm
                 self._mark_joined(rank, incarnation)
         return super().take_joined()
 
@@ -110,10 +110,10 @@ class MpiLink(WindowedLink):
         self._abandon_sends(peer)
 
     def admit(self, peer: int, incarnation: int) -> None:
-        """See Link. A life that was met is reached by the communicator that the meeting made."""
+        """See Link. A process that was met is reached by the communicator that the meeting made."""
         super().admit(peer, incarnation)
         self._abandon_sends(peer)
-        comm = self._waiting.pop((peer, incarnation), None)
+        comm = self._waiting.pop(peer, None)
         if comm is not None:
             self._abandon_receives(peer)
             if peer in self._pairs:
@@ -124,8 +124,6 @@ class MpiLink(WindowedLink):
     def renew(self, incarnation: int) -> None:
         """See Link."""
         super().renew(incarnation)
-        if self._meetings is not None:
-            self._meetings.incarnation = incarnation
         for peer in self._peers:
             self._abandon_sends(peer)
 

@@ -6,9 +6,11 @@
 
 No call here is collective over more than two processes, and each runs in a thread of its own, so that nobody's frames
 wait. Open MPI takes the name of a port for a key that both sides look up, and asks for nothing behind it: so the name
-is made of the two lives that meet, and need not be told to anybody. Whoever comes first waits, asleep, for at most ten
-minutes. Newcomers connect only to those who were there before them, in one order and one at a time: in each process MPI
-agrees on the number of one new communicator at a time, and so no circle of waiting can form.
+is made of the two processes that meet, and need not be told to anybody. Whoever comes first waits, asleep, for at most
+ten minutes. Who connects is decided by an order of all processes, and each connects to one at a time: in each process
+MPI agrees on the number of one new communicator at a time, and so no circle of waiting can form.
+
+A process is named by its rank and the incarnation that it began as: it may be in a later life when it meets somebody.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from transport.errors import ProtocolError
@@ -47,7 +49,10 @@ class SpawnError(RuntimeError):
 
 
 class Met(NamedTuple):
-    """A communicator between this process and a life of another rank; hello has been said both ways."""
+    """A communicator between this process and one of another rank; hello has been said both ways.
+
+    `incarnation`: the one that the other process began as.
+    """
 
     rank: int
     incarnation: int
@@ -55,7 +60,7 @@ class Met(NamedTuple):
 
 
 class NotMet(NamedTuple):
-    """A life that could not be spawned or met, and why. Not told of one that dies before it says hello."""
+    """A process that could not be spawned or met, and why. Not told of one that dies before it says hello."""
 
     rank: int
     incarnation: int
@@ -66,7 +71,8 @@ class MpiMeetings:
     """One process's meetings. Methods return at once; what came of them is told by `take_met` and `take_failed`."""
 
     def __init__(self, *, run_id: str, rank: int, num_ranks: int, incarnation: int = 0) -> None:
-        """`run_id`: at most 32 characters, the same in all processes of a mesh and in no other."""
+        """`run_id`: at most 32 characters, the same in all processes of a mesh and in no other. `incarnation`: the one
+        that this process begins as."""
         if not 0 < len(run_id.encode()) <= 32:
             raise ValueError(f"a run's id has 1 to 32 bytes, got {run_id!r}")
         self.run_id, self.rank, self.num_ranks, self.incarnation = run_id, rank, num_ranks, incarnation
@@ -74,35 +80,36 @@ class MpiMeetings:
         self._met: SimpleQueue[Met] = SimpleQueue()
         self._failed: SimpleQueue[NotMet] = SimpleQueue()
         self._one_dup_at_a_time = threading.Lock()
+        self._to_connect: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self._connecting: threading.Thread | None = None
         # MPI may still write to or read from these.
         self._abandoned: list[tuple[list[Request], bytearray, bytearray]] = []
 
     def spawn(self, rank: int, incarnation: int, command: Sequence[str]) -> None:
-        """Start a process that is to be this life, and meet it: it must call `meet_parent`."""
+        """Start the process that is to be this life, and meet it: it must call `meet_parent`."""
         self._begin(rank, incarnation, lambda own: self._spawn(own, command))
 
     def accept(self, rank: int, incarnation: int) -> None:
-        """Meet a life that somebody else has spawned: it must `connect`."""
+        """Meet a process that was started otherwise: it must `connect`."""
         name = self._name(self.rank, self.incarnation, rank, incarnation)
         self._begin(rank, incarnation, lambda own: own.Accept(name))
 
     def meet_parent(self, rank: int, incarnation: int) -> None:
-        """A newcomer's first meeting: with the life that spawned it."""
-        self._begin(rank, incarnation, lambda _: self._mpi.Comm.Get_parent())
+        """A newcomer's first meeting: with the process that spawned it. Waits for it; raises SpawnError."""
+        self._begin(rank, incarnation, lambda _: self._mpi.Comm.Get_parent()).join()
+        for failed in self.take_failed():
+            raise SpawnError(failed.reason)
 
-    def connect(self, lives: Sequence[tuple[int, int]]) -> None:
-        """A newcomer's other meetings, one after the other; each of these lives must `accept` it.
+    def connect(self, lives: Iterable[tuple[int, int]]) -> None:
+        """Meet processes, one after the other; each of them must `accept` this one.
 
         Who does not come for PATIENCE_SECONDS, being stopped perhaps, is waited for beside the next.
         """
-
-        def connect_all() -> None:
-            for rank, incarnation in sorted(lives):
-                name = self._name(rank, incarnation, self.rank, self.incarnation)
-                meeting = self._begin(rank, incarnation, lambda own, name=name: own.Connect(name))  # type: ignore[misc]
-                meeting.join(PATIENCE_SECONDS)
-
-        threading.Thread(target=connect_all, name="connect", daemon=True).start()
+        for life in sorted(lives):
+            self._to_connect.put(life)
+        if self._connecting is None:
+            self._connecting = threading.Thread(target=self._connect_all, name="connect", daemon=True)
+            self._connecting.start()
 
     def take_met(self) -> list[Met]:
         """Those met since the last call."""
@@ -111,6 +118,13 @@ class MpiMeetings:
     def take_failed(self) -> list[NotMet]:
         """Meetings that came to nothing since the last call."""
         return _drain(self._failed)
+
+    def _connect_all(self) -> None:
+        while True:
+            rank, incarnation = self._to_connect.get()
+            name = self._name(rank, incarnation, self.rank, self.incarnation)
+            meeting = self._begin(rank, incarnation, lambda own, name=name: own.Connect(name))  # type: ignore[misc]
+            meeting.join(PATIENCE_SECONDS)
 
     def _spawn(self, own: Intracomm, command: Sequence[str]) -> Intercomm:
         try:
@@ -131,7 +145,7 @@ class MpiMeetings:
         return meeting
 
     def _meet(self, rank: int, incarnation: int, way: Callable[[Intracomm], Intercomm]) -> None:
-        """One meeting, in a helper thread. Whatever goes wrong is reported: nobody waits for this thread.
+        """One meeting, in a helper thread. Whatever goes wrong is reported.
 
         A communicator that came to nothing is not freed: its peer may yet live.
         """
@@ -176,9 +190,8 @@ class MpiMeetings:
 
 
 def _drain(queue: SimpleQueue[ItemT]) -> list[ItemT]:
+    """What is there; for the only one who takes."""
     taken: list[ItemT] = []
-    while True:
-        try:
-            taken.append(queue.get_nowait())
-        except Empty:
-            return taken
+    while not queue.empty():
+        taken.append(queue.get_nowait())
+    return taken

@@ -15,6 +15,8 @@ from tests.end_to_end.probes import substance
 # Two attention groups of one rank each, two ranks with the experts.
 SPLIT = ("--ranks", "4", "--attention-ranks", "2", "--attention-tp", "1")
 
+RESPAWN_SECONDS = 60.0  # far more than it takes: the machine may be busy
+
 REQUESTS: list[dict[str, Any]] = [
     {
         "prompt": [5 + index] * (10 + index),
@@ -52,6 +54,11 @@ def process_of(mesh: Mesh, rank: int) -> psutil.Process:
     return psutil.Process(rank_of(mesh, rank)["pid"])
 
 
+def await_whole(mesh: Mesh) -> None:
+    """Until every rank serves again."""
+    eventually(lambda: mesh.get("/health").body["degraded"] is False, timeout_s=RESPAWN_SECONDS, what="it is whole")
+
+
 def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
     with running_server(*SPLIT, *SMALL_CACHE, "--stop-grace", "180") as mesh:
         expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
@@ -63,10 +70,10 @@ def test_an_attention_rank_is_killed_and_another_stopped_for_a_while() -> None:
         assert rank_of(mesh, 1)["incarnation"] == 1
 
         assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 0).kill) == expected
-        health = mesh.get("/health")
-        assert (health.status, health.body["degraded"]) == (200, True)
-        assert rank_of(mesh, 0)["state"] == "dead"
+        await_whole(mesh)
+        assert rank_of(mesh, 0)["incarnation"] == 1
         assert mesh.total("moemesh_request_restarts_total") > 0
+        assert mesh.total("moemesh_rank_respawns_total") == 1
         assert mesh.total("moemesh_replay_mismatch_total") == 0
         assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
 
@@ -84,6 +91,10 @@ def test_ranks_with_replicas_of_their_experts_are_stopped_and_killed() -> None:
 
         assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 2).kill) == expected
         assert mesh.get("/health").status == 200
+        await_whole(mesh)
+        # The newcomer serves, and so does who has met it after having been away.
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 1).kill) == expected
+        await_whole(mesh)
         assert mesh.total("moemesh_replay_mismatch_total") == 0
         assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
 
@@ -112,6 +123,51 @@ def test_experts_without_replicas_are_taken_over_and_go_home() -> None:
 def hosts(mesh: Mesh) -> set[tuple[int, ...]]:
     """Who hosts experts, by what /mesh says."""
     return {tuple(ranks) for layer in mesh.get("/mesh").body["placement"]["experts"].values() for ranks in layer}
+
+
+def test_a_rank_is_stopped_while_another_is_replaced() -> None:
+    """When it comes back it meets a process that it has never heard of."""
+    every_expert_twice = ("--ranks", "4", "--attention-tp", "1", "--redundant-experts", "256", "--stop-grace", "180")
+    with running_server(*every_expert_twice, *SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        process_of(mesh, 1).suspend()
+        eventually(lambda: rank_of(mesh, 1)["state"] == "dead", what="it is given up")
+        process_of(mesh, 2).kill()
+        eventually(lambda: rank_of(mesh, 2)["incarnation"] == 1, what="the other is respawned")
+        eventually(lambda: rank_of(mesh, 2)["state"] == "up", timeout_s=RESPAWN_SECONDS, what="it serves")
+        process_of(mesh, 1).resume()
+        await_whole(mesh)
+        assert rank_of(mesh, 1)["incarnation"] == 1
+        assert [substance(body) for body in mesh.complete_all(REQUESTS)] == expected
+
+
+def test_without_respawn_a_mesh_goes_on_with_fewer_ranks() -> None:
+    with running_server(*SPLIT, *SMALL_CACHE, "--respawn", "off") as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 0).kill) == expected
+        health = mesh.get("/health")
+        assert (health.status, health.body["degraded"]) == (200, True)
+        assert rank_of(mesh, 0)["state"] == "dead"
+
+
+def test_when_mpirun_is_killed_no_newcomer_stays() -> None:
+    with serving(*SPLIT, *SMALL_CACHE) as mesh:
+        process_of(mesh, 0).kill()
+        eventually(lambda: rank_of(mesh, 0)["incarnation"] == 1, what="it is respawned")
+        await_whole(mesh)
+        mpirun = next(one for one in mesh.processes() if "mpirun" in one.cmdline()[0] or "prterun" in one.cmdline()[0])
+        mpirun.kill()
+        mesh.process.wait(ANSWER_SECONDS)
+        mesh.wait_gone()
+
+
+def test_when_the_frontend_is_killed_no_newcomer_stays() -> None:
+    with serving(*SPLIT, *SMALL_CACHE) as mesh:
+        process_of(mesh, 0).kill()
+        eventually(lambda: rank_of(mesh, 0)["incarnation"] == 1, what="it is respawned")
+        mesh.process.kill()  # while the new process begins
+        mesh.process.wait(ANSWER_SECONDS)
+        mesh.wait_gone()
 
 
 def test_the_only_rank_is_killed() -> None:

@@ -22,6 +22,7 @@ from moemesh.idle import IdleWait
 from moemesh.mesh_plan import placement_of
 from moemesh.model import RankModel
 from moemesh.model_loader import ModelLoader
+from moemesh.neighbours import Neighbours
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from moemesh.sampling_params import SamplingParams
@@ -112,7 +113,10 @@ class LocalMesh:
         self.controls = [LocalControl() for _ in range(self.mesh.num_ranks)]
         self.models: list[RankModel] = []
         self.engines: list[RankEngine] = []
-        for rank, control in enumerate(self.controls):
+        self._folder = folder
+        self._loaders: list[ModelLoader] = []
+        self._head_loaders: list[HeadLoader] = []
+        for rank in range(self.mesh.num_ranks):
             loader = ModelLoader(
                 checkpoint,
                 mesh=self.mesh,
@@ -125,32 +129,37 @@ class LocalMesh:
             )
             model = loader.load()
             self.models.append(model)
-            link = network.links[rank]
-            idle = IdleWait(control, bell=None, alone=True, crowded=False)
-            self.engines.append(
-                build_rank(
-                    model,
-                    self.mesh,
-                    placement,
-                    link=link,
-                    control=control,
-                    device=CPU,
-                    idle=idle,
-                    heart=StillHeart(),
-                    head_loader=HeadLoader(loader.mla, checkpoint),
-                    executor=Inline(),
-                    make_take_over=partial(self._take_over, rank, folder, loader) if self.mesh.num_ranks > 1 else None,
-                )
-            )
+            self._loaders.append(loader)
+            self._head_loaders.append(HeadLoader(loader.mla, checkpoint))
+            met = dict.fromkeys(range(self.mesh.num_ranks), 0)
+            self.engines.append(self.new_engine(rank, Neighbours(rank, born=0, met=met)))
         self.results: dict[int, Result] = {}
         self.submitted: dict[int, messages.Submit] = {}
         self.num_replayed = 0
         self.incarnations: dict[int, int] = {}
 
-    def _take_over(self, rank: int, folder: Path, loader: ModelLoader, service: ExpertService) -> TakeOver:
+    def _take_over(self, rank: int, service: ExpertService) -> TakeOver:
         self.services[rank] = service
-        checkpoint = Checkpoint(folder, load_model_config(folder))
-        return TakeOver(service, checkpoint, loader.ffns, prepare=lambda: None, wake=lambda: None)
+        checkpoint = Checkpoint(self._folder, load_model_config(self._folder))
+        return TakeOver(service, checkpoint, self._loaders[rank].ffns, prepare=lambda: None, wake=lambda: None)
+
+    def new_engine(self, rank: int, neighbours: Neighbours) -> RankEngine:
+        """Of the rank's latest process."""
+        control = self.controls[rank]
+        return build_rank(
+            self.models[rank],
+            self.mesh,
+            self.placement,
+            link=self._network.links[rank],
+            control=control,
+            device=CPU,
+            idle=IdleWait(control, bell=None, alone=True, crowded=False),
+            heart=StillHeart(),
+            neighbours=neighbours,
+            head_loader=self._head_loaders[rank],
+            executor=Inline(),
+            make_take_over=partial(self._take_over, rank) if self.mesh.num_ranks > 1 else None,
+        )
 
     def submit(
         self,

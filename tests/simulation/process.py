@@ -9,6 +9,7 @@ from moemesh.heads import HeadLoader
 from moemesh.heart import Heart
 from moemesh.idle import IdleWait
 from moemesh.membership_records import BEAT_SECONDS
+from moemesh.neighbours import Neighbours
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from tests.simulation.control_plane import VirtualPort
@@ -130,6 +131,7 @@ class Process:
             device=CPU,
             idle=IdleWait(self.control, bell=None, alone=True, crowded=mesh.scenario.crowded),
             heart=self.heart,
+            neighbours=Neighbours(self.rank, born=0, met=dict.fromkeys(range(mesh.config.num_ranks), 0)),
             head_loader=HeadLoader(loader.mla, mesh.model.checkpoint, free_memory=lambda: 1 << 40),
             executor=VirtualExecutor(loading),
             make_take_over=lambda service: VirtualTakeOver(loading, service, mesh.model.checkpoint, loader.ffns),

@@ -26,6 +26,7 @@ def view(*groups: tuple[int, list[int]], dead: int | None = None) -> messages.Vi
         epoch=9,
         incarnations=[0] * 6,
         states=["dead" if rank == dead else "up" for rank in range(6)],
+        born=[0] * 6,
         groups=[messages.GroupMembers(generation, members, generation) for generation, members in groups],
     )
 

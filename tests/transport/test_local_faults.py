@@ -210,3 +210,13 @@ def test_wrong_orders_are_refused() -> None:
         network.slow(1, 0)
     with pytest.raises(ValueError, match=r"drop must be a chance from 0 to 1, or seconds from 0, got 1\.5"):
         FaultRates(drop=1.5)
+
+
+def test_a_loss_that_was_not_asked_for_is_not_that_of_the_next_life() -> None:
+    network = LocalNetwork(2)
+    link = network.links[0]
+    network.kill(1, noticed_after=0.0)
+    network.revive(1)
+    link.forget(1)
+    link.admit(1, 1)
+    assert link.take_lost() == []
