@@ -176,8 +176,8 @@ class Membership:
                 self._beat(self._ranks[life.rank], progress, working, now)
             case ProcessBegan(life) if self.is_present(life):
                 self._begun(self._ranks[life.rank])
-            case HelloSeen(life) if self.is_present(life):
-                self._greet(self._ranks[life.rank], now)
+            case HelloSeen(life, host) if self.is_present(life):
+                self._greet(self._ranks[life.rank], host, now)
             case ReadySeen(life) if self.is_present(life):
                 self._ready(self._ranks[life.rank], now)
             case PeerLost(reporter, peer) if self.believes(reporter) and self.is_present(peer):
@@ -204,8 +204,8 @@ class Membership:
         if record.state == "dead":  # given up before it came
             self._out.append(Kill(record.life))
 
-    def _greet(self, record: RankRecord, now: float) -> None:
-        record.heard_at = now
+    def _greet(self, record: RankRecord, host: str, now: float) -> None:
+        record.heard_at, record.host = now, host
         record.said_hello = True
         self._changed |= record.state == "joining"  # the others are to meet it
 
@@ -319,14 +319,14 @@ class Membership:
         return settings.respawn and settings.fault_tolerance and record.attempts < settings.most_attempts
 
     def _respawn(self, record: RankRecord, now: float) -> None:
-        """Have a new process started: by the frontend where there is one rank, else by a survivor that is not at it.
-
-        After a failure by another one than before: it may have been the survivor's.
+        """Have a new process started: by the frontend where there is one rank, else by a survivor on the same host that
+        is not at it. After a failure by another one than before: it may have been the survivor's.
         """
         spawner = None
         if len(self._ranks) > 1:
             busy = {other.spawner for other in self._ranks if other.state == "joining" and not other.said_hello}
-            free = [other.rank for other in self._ranks if other.state == "up" and other.rank not in busy]
+            there = [other for other in self._ranks if other.state == "up" and other.host == record.host]
+            free = [other.rank for other in there if other.rank not in busy]
             if not free:
                 return
             spawner = free[record.attempts % len(free)]
@@ -446,8 +446,9 @@ class Membership:
             return True
         if any(record.state == "dead" and not record.ended and record.killed_at is None for record in self._ranks):
             return True
-        can_spawn = len(self._ranks) == 1 or any(record.living for record in self._ranks)
-        return can_spawn and any(record.state == "dead" and self._may_respawn(record) for record in self._ranks)
+        hosts = {record.host for record in self._ranks if record.living or len(self._ranks) == 1}
+        lost = (record for record in self._ranks if record.state == "dead" and record.host in hosts)
+        return any(self._may_respawn(record) for record in lost)
 
     def _fail(self, reason: str) -> None:
         self._failed = True

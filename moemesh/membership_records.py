@@ -75,9 +75,10 @@ class ProcessBegan:
 
 @dataclass(frozen=True, slots=True)
 class HelloSeen:
-    """A rank takes part: it can be told what to load, and others can meet it."""
+    """A rank takes part, on this host: it can be told what to load, and others can meet it."""
 
     life: Life
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,7 @@ class MeshControl:
         """Give a rank the plan it loads by, unless its arithmetic differs from the others'. If that is not settled yet,
         those who come first wait for the others."""
         self.view.note_hello(hello)
-        self.tell(HelloSeen(life))
+        self.tell(HelloSeen(life, hello.host))
         difference = self._difference(hello)
         if difference:
             self.tell(RankFailed(life, f"{difference}: tokens would depend on who computes them"))

@@ -26,6 +26,7 @@ class RankRecord:
     state: RankState = "loading"
     reason: str = "starting"
     since: float = 0.0
+    host: str = ""
     born: int = 0
     began: bool = False
     said_hello: bool = False

@@ -16,6 +16,7 @@ A process is named by its rank and the incarnation that it began as: it may be i
 from __future__ import annotations
 
 import logging
+import socket
 import struct
 import threading
 import time
@@ -86,7 +87,7 @@ class MpiMeetings:
         self._abandoned: list[tuple[list[Request], bytearray, bytearray]] = []
 
     def spawn(self, rank: int, incarnation: int, command: Sequence[str]) -> None:
-        """Start the process that is to be this life, and meet it: it must call `meet_parent`."""
+        """Start the process that is to be this life, on this host, and meet it: it must call `meet_parent`."""
         self._begin(rank, incarnation, lambda own: self._spawn(own, command))
 
     def accept(self, rank: int, incarnation: int) -> None:
@@ -127,13 +128,16 @@ class MpiMeetings:
             meeting.join(PATIENCE_SECONDS)
 
     def _spawn(self, own: Intracomm, command: Sequence[str]) -> Intercomm:
+        here = self._mpi.Info.Create({"host": socket.gethostname()})
         try:
-            return own.Spawn(command[0], args=list(command[1:]), maxprocs=1)
+            return own.Spawn(command[0], args=list(command[1:]), maxprocs=1, info=here)
         except self._mpi.Exception as error:
             raise SpawnError(
                 f"cannot spawn {command[0]}: {error}; mpirun's error output says why: no slots, unless it was started "
                 "with --oversubscribe"
             ) from error
+        finally:
+            here.Free()
 
     def _name(self, host: int, host_incarnation: int, guest: int, guest_incarnation: int) -> str:
         return f"moemesh-{self.run_id}-{host}.{host_incarnation}-{guest}.{guest_incarnation}"

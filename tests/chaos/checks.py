@@ -232,6 +232,7 @@ class FlatResources:
     rss_growth: float = 0.1
     rss_bytes: int = 32 << 20
     descriptors: int = 8
+    run_files: int = 0
 
     def judge(self, history: History, window: Window) -> Verdict:
         before, after = history.resources.get("steady"), history.resources.get(self.at)
@@ -246,6 +247,8 @@ class FlatResources:
         value: int = getattr(before, name)
         if name.endswith("_rss"):
             return value * (1 + self.rss_growth) + self.rss_bytes
+        if name == "run_files":
+            return value + self.run_files
         return value + self.descriptors if name.endswith("_descriptors") else value
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+from dataclasses import replace
 
 import pytest
 
 from moemesh.engine_client import EngineFailed, NotReady, Overloaded
-from tests.moemesh.test_controller import FakeRanks, collect, ready, request, run, started, tokens
+from moemesh.membership_records import ProcessEnded, Tick
+from tests.moemesh.test_controller import FakeRanks, collect, hello, ready, request, run, started, tokens
 from transport import messages
 from transport.life import Life
 
@@ -290,5 +293,49 @@ def test_a_request_that_seems_to_kill_one_member_after_the_other_ends() -> None:
             with pytest.raises(EngineFailed, match=r"each of the last 3 failures: rank 2: boom"):
                 await asked
             assert regroups(ranks)[-1] == (3, 3, [])
+
+    run(check())
+
+
+def test_a_survivor_is_told_to_start_a_lost_rank_again() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (controller, ranks):
+            await ranks.say(messages.Started(pid=1, host="elsewhere"), by=Life(0))
+            await ranks.say(FAILED)
+            controller._control.tell(ProcessEnded(Life(0)))
+            controller._control.tell(Tick())
+            orders = [(life, message) for life, message in ranks.sent if isinstance(message, messages.Respawn)]
+            assert orders == [(Life(1), messages.Respawn(rank=0, incarnation=1, local_rank=0, ranks_on_host=3))]
+            assert b'moemesh_rank_respawns_total{rank="0"} 1.0' in ranks.metrics.render()
+            await ranks.say(messages.NotSpawned(rank=0, incarnation=1, error="no slots"), by=Life(1))
+            assert controller.mesh()["ranks"][0]["reason"] == "cannot respawn: no slots"
+
+    run(check())
+
+
+def test_a_newcomer_is_told_who_is_there_before_what_to_load() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (controller, ranks):
+            await ranks.say(FAILED)
+            controller._control.tell(ProcessEnded(Life(0)))
+            controller._control.tell(Tick())
+            before = len(ranks.sent)
+            await ranks.say(replace(hello(0), incarnation=1), by=Life(0, 1))
+            told = [message for life, message in ranks.sent[before:] if life == Life(0, 1)]
+            assert [type(message) for message in told] == [messages.View, messages.Start]
+            view = told[0]
+            assert (view.born, view.states) == ([1, 0, 0], ["joining", "up", "up"])
+            others = [life for life, message in ranks.sent[before:] if message == view]
+            assert sorted(others) == [Life(0, 1), Life(1), Life(2)]
+
+    run(check())
+
+
+def test_a_process_that_came_too_late_is_killed() -> None:
+    async def check() -> None:
+        async with ready(3, attention_ranks=2) as (_, ranks):
+            stray = await asyncio.create_subprocess_exec("sleep", "600")
+            await ranks.say(messages.Started(pid=stray.pid, host=socket.gethostname()), by=Life(0, 5))
+            assert await asyncio.wait_for(stray.wait(), 30) == -signal.SIGKILL
 
     run(check())

@@ -708,3 +708,11 @@ def test_several_are_respawned_at_once_each_by_another() -> None:
     assert [(order.life.rank, order.by) for order in orders] == [(0, 1), (3, 2)]
     mesh.tell(ProcessEnded(Life(1)))
     assert not of(Respawn, mesh.wait(TICK_SECONDS)), "rank 2 has its hands full"
+
+
+def test_a_rank_is_respawned_on_the_host_where_it_was() -> None:
+    mesh = Mesh(6, attention_ranks=4).start()
+    mesh.tell(*(HelloSeen(Life(rank), f"host {rank % 2}") for rank in range(6)))
+    mesh.tell(ProcessEnded(Life(0)), ProcessEnded(Life(3)))
+    orders = of(Respawn, mesh.wait(TICK_SECONDS))
+    assert [(order.life.rank, order.by) for order in orders] == [(0, 2), (3, 1)]
