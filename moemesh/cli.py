@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from moemesh import __version__
@@ -24,6 +25,8 @@ from moemesh.run_directory import RunDirectoryError
 _FAILED = 1
 _NOT_UNDERSTOOD = 2
 _INTERRUPTED = 130
+
+_FIRST_WORD_SECONDS = 3.0
 
 _BENCH = "bench"
 _BENCHMARKS: tuple[type[Options], ...] = (BenchEngineOptions, BenchServeOptions, BenchDispatchOptions)
@@ -150,3 +153,5 @@ def _complain(error: Exception) -> None:
     launch = mpi_launch(os.environ)
     if launch is None or launch[0] == 0:
         print(f"moemesh: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_FIRST_WORD_SECONDS)  # mpirun ends all ranks with the first one that ends
