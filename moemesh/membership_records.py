@@ -327,7 +327,7 @@ class MembershipSettings:
     late_memory: float = 1.0
     own_lateness: float = 0.2
     doubt: float = 3.0
-    begin_timeout: float = 15.0
+    begin_timeout: float = 30.0
     hello_timeout: float = 60.0
     backoff: float = 1.0
     longest_backoff: float = 60.0

@@ -15,7 +15,7 @@ from tests.end_to_end.probes import substance
 # Two attention groups of one rank each, two ranks with the experts.
 SPLIT = ("--ranks", "4", "--attention-ranks", "2", "--attention-tp", "1")
 
-RESPAWN_SECONDS = 60.0  # far more than it takes: the machine may be busy
+RESPAWN_SECONDS = 120.0  # far more than it takes: the machine may be busy
 
 REQUESTS: list[dict[str, Any]] = [
     {
