@@ -50,12 +50,14 @@ class Process:
         self.slowness = 1.0
         self._busy_until = 0.0
         self._due: float | None = None
+        host = mesh.scenario.host_of(self.rank)
+        self.control.send(messages.Started(pid, host))
         self.control.send(
             messages.Hello(
                 rank=self.rank,
                 pid=pid,
                 incarnation=life.incarnation,
-                host=mesh.scenario.host_of(self.rank),
+                host=host,
                 num_threads=1,
                 isa="virtual",
             )
