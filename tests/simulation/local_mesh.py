@@ -212,7 +212,9 @@ class LocalMesh:
         groups = [messages.GroupMembers(generation, list(members), 0)]
         groups += [messages.GroupMembers(0, list(others), 0) for others in self.mesh.groups[1:]]
         incarnations = [self.incarnations.get(rank, 0) for rank in range(self.mesh.num_ranks)]
-        news = messages.View(epoch=generation, incarnations=incarnations, states=states, groups=groups)
+        news = messages.View(
+            epoch=generation, incarnations=incarnations, states=states, born=[0] * len(states), groups=groups
+        )
         for rank, control in enumerate(self.controls):
             if rank not in self._dead:
                 control.inbox.append(news)
