@@ -332,6 +332,8 @@ SCENARIOS = {one.name: one for group in (NO_FAULT, KILLS, STOPS, PARTITION, CHEC
 IN_CI = (
     "no-fault-two-groups",
     "no-fault-experts-apart",
+    "kill-experts-with-replicas",
+    "kill-only-leader-of-4",
     "start-from-truncated-shard",
     "start-from-missing-tensor",
     "kill-mpirun",
