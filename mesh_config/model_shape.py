@@ -5,6 +5,7 @@ The dataclass holds one spelling of every fact; `model_config` knows all the spe
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -73,6 +74,11 @@ class ModelConfig:
     num_mtp_layers: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for equal configurations, whoever asks, and for no others."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
     @property
     def latent_norm_eps(self) -> float:

@@ -83,6 +83,7 @@ class Controller:
         self._control = MeshControl(
             server,
             self,
+            model=model_config,
             mesh=mesh,
             placement=placement,
             expert_bytes=expert_bytes,

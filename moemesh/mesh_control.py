@@ -14,6 +14,7 @@ from typing import Protocol
 
 from mesh_config.arithmetic import arithmetics_differ
 from mesh_config.mesh import MeshConfig
+from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
 from moemesh.expert_homes import Orders
 from moemesh.membership import Membership
@@ -104,6 +105,7 @@ class MeshControl:
         server: ControlPlane,
         listener: MeshListener,
         *,
+        model: ModelConfig,
         mesh: MeshConfig,
         placement: Placement,
         expert_bytes: int,
@@ -115,6 +117,7 @@ class MeshControl:
     ) -> None:
         self._server = server
         self._listener = listener
+        self._model = model.fingerprint
         self._mesh = mesh
         self._metrics = metrics
         self._clock = clock
@@ -220,7 +223,7 @@ class MeshControl:
         if self.view.arithmetic != "auto":
             plan = replace(self._mesh, arithmetic=self.view.arithmetic).to_dict()
             for each in self._unstarted:
-                self.send(each, messages.Start(config=plan))
+                self.send(each, messages.Start(config=plan, model=self._model))
             self._unstarted.clear()
 
     def _difference(self, hello: messages.Hello) -> str:

@@ -114,6 +114,11 @@ def _serve(
         if isinstance(message, messages.View):
             neighbours.follow(message)
     config = load_model_config(options.model_folder)
+    if config.fingerprint != start.model:
+        raise ConfigError(
+            f"{options.model_folder}: config.json and generation_config.json are not those that the mesh serves by: "
+            "restore them, or restart the mesh"
+        )
     placement = placement_of(config, mesh)
     checksums = Checksums()
     checksums.learn(place.run.all_checksums())

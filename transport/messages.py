@@ -24,9 +24,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What to become: the first message to a rank."""
+    """What to become: the first message to a rank. `model`: the fingerprint of the model's configuration."""
 
     config: Json
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -60,6 +61,14 @@ def _other_weights(folder: Path) -> tuple[str, ...]:
     return (TENSOR,)
 
 
+def _other_config(folder: Path) -> tuple[str, ...]:
+    """All tensors are the same, and yet it is another model."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"rope_theta": 2 * config["rope_theta"]}))
+    return ("config.json", "not those that the mesh serves by")
+
+
 def _unlink(folder: Path) -> tuple[str, ...]:
     (folder / SHARD).unlink()
     return (SHARD,)
@@ -78,5 +87,6 @@ _WAYS: dict[Damage, Callable[[Path], tuple[str, ...]]] = {
     "flipped byte": _flip_a_byte,
     "missing tensor": _drop_a_tensor,
     "another checkpoint": _other_weights,
+    "another config": _other_config,
     "unlinked": _unlink,
 }

@@ -77,7 +77,9 @@ class Overload(Event):
     for_s: float
 
 
-Damage = Literal["truncated shard", "flipped byte", "missing tensor", "another checkpoint", "unlinked"]
+Damage = Literal[
+    "truncated shard", "flipped byte", "missing tensor", "another checkpoint", "another config", "unlinked"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

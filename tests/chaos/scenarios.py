@@ -250,7 +250,7 @@ CHECKPOINTS = (
             own_checkpoint=True,
             checks=serves_on(RefusedByName(), recovered=(Degraded(),)),
         )
-        for how in ("truncated shard", "flipped byte", "missing tensor", "another checkpoint")
+        for how in ("truncated shard", "flipped byte", "missing tensor", "another checkpoint", "another config")
     ),
     Scenario(
         name="unlinked-at-take-over",

@@ -310,6 +310,18 @@ def test_no_more_may_wait_than_the_limit_says() -> None:
     run(check())
 
 
+def test_ranks_are_told_which_model_it_is() -> None:
+    """Who finds another config.json than the frontend did does not join."""
+
+    async def check() -> None:
+        async with ready(2) as (_, ranks):
+            other = replace(model_config(), rms_norm_eps=1e-3)
+            assert {start.model for start in ranks.told(messages.Start)} == {model_config().fingerprint}
+            assert other.fingerprint != model_config().fingerprint
+
+    run(check())
+
+
 def test_a_failed_rank_ends_every_stream() -> None:
     async def check() -> None:
         async with ready(2, attention_ranks=1, respawn=False) as (controller, ranks):

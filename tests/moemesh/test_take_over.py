@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import kernels
 from experts import ExpertBank, ExpertService, LocalCall
 from mesh_config import load_model_config
 from moemesh.checkpoint import Checkpoint
@@ -51,9 +52,15 @@ class _Rank:
         return () if bank is None else bank.logical_experts
 
 
-def _rank(folder: Path, *, quantized: bool = False, free_memory: Callable[[], int] = lambda: 1 << 40) -> _Rank:
-    config = load_model_config(folder)
-    checkpoint = Checkpoint(folder, config, Checksums())
+def _rank(
+    folder: Path,
+    *,
+    quantized: bool = False,
+    free_memory: Callable[[], int] = lambda: 1 << 40,
+    learn: Sequence[Path] = (),
+) -> _Rank:
+    config, checksums = load_model_config(folder), Checksums()
+    checkpoint = Checkpoint(folder, config, checksums)
     checkpoint.open_all()
     ffns = FfnLoader(
         config, checkpoint.tensors, device=CPU, weight_dtype=None, quantized=quantized, arithmetic="float32"
@@ -64,7 +71,9 @@ def _rank(folder: Path, *, quantized: bool = False, free_memory: Callable[[], in
     bank = ExpertBank(HERE, config.num_experts, packed)
     service = ExpertService({FIRST: bank}, rank=0, hidden=config.hidden_size, device=CPU)
     woken = threading.Semaphore(0)
-    take_over = TakeOver(service, checkpoint, ffns, prepare=lambda: None, wake=woken.release, free_memory=free_memory)
+    take_over = TakeOver(
+        service, checkpoint, ffns, prepare=lambda: checksums.learn(learn), wake=woken.release, free_memory=free_memory
+    )
     return _Rank(folder, service, checkpoint, ffns, take_over, woken)
 
 
@@ -187,6 +196,21 @@ def test_a_flipped_byte_is_refused_by_name(rank: _Rank) -> None:
     assert len(taken.problems) == 1
     assert f"{name} is not what the mesh has loaded" in taken.problems[0]
     assert rank.slots(SECOND) == (4,)
+
+
+def test_what_another_rank_has_read_is_known(folder: Path, tmp_path: Path) -> None:
+    """The rank that was lost has left its checksums; this one has never read the tensor."""
+    name = f"model.layers.{SECOND}.mlp.experts.5.down_proj.weight"
+    config, checksums, saved = load_model_config(folder), Checksums(), tmp_path / "checksums.1"
+    values = Checkpoint(folder, config, checksums).tensor(name)
+    checksums.save(saved)
+    saved.write_text(saved.read_text().replace(str(kernels.checksum(values)), "77"))
+    rank = _rank(folder, learn=[saved])
+    rank.want({SECOND: (4, 5)})
+    taken = rank.finish()
+    assert (taken.experts, taken.refused) == ({SECOND: (4,)}, {SECOND: (5,)})
+    assert f"{name} is not what the mesh has loaded" in taken.problems[0]
+    rank.take_over.close()
 
 
 def test_a_truncated_file_is_refused_by_name(rank: _Rank) -> None:
