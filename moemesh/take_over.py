@@ -120,18 +120,11 @@ class TakeOver:
         self._ordered: Experts = {}
         self._kept = True
         self._budget = 0  # bytes that may be taken before looking at the free memory again
-        self.num_loaded = 0
-        self.num_ordered = 0
 
     @property
     def busy(self) -> bool:
         """Whether something is being loaded."""
         return bool(self._under_way)
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Experts loaded, or found wanting, and ordered since the start."""
-        return self.num_loaded, self.num_ordered
 
     def follow(self, hosted: Experts, order: Experts) -> None:
         """A view is in force: host these experts of each layer, load besides what is in the order, and drop the rest.
@@ -179,7 +172,6 @@ class TakeOver:
                 continue
             self._under_way.add((layer, expert))
             orders.append(_Order(layer, expert, bank.packed, slot))
-        self.num_ordered += len(orders)
         # Each time that the other thread asks for Python's lock it may wait for milliseconds: it asks once for many.
         at_once = max(1, BATCH_BYTES // bank.packed.expert_bytes)
         for start in range(0, len(orders), at_once):
@@ -200,7 +192,6 @@ class TakeOver:
                 bank.free(order.slot)
                 continue
             self._under_way.discard((order.layer, order.expert))
-            self.num_loaded += 1
             self._kept = False  # it may not be wanted any more
             if outcome.problem is None:
                 bank.admit(order.expert, order.slot)

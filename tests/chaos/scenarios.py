@@ -176,7 +176,7 @@ KILLS = (
         flags=(*TWO_GROUPS, "--respawn", "off"),
         events=kill(Role.EXPERTS),
         outcome="degraded",
-        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
+        checks=serves_on(LongestGap(5), recovered=(Degraded(),)),
     ),
 )
 
@@ -259,7 +259,7 @@ CHECKPOINTS = (
         events=join_after("unlinked"),
         outcome="degraded",
         own_checkpoint=True,
-        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
+        checks=serves_on(LongestGap(5), recovered=(Degraded(),)),
     ),
     Scenario(
         name="truncated-at-take-over",
@@ -282,7 +282,7 @@ CHECKPOINTS = (
         events=(FillDisk(), *kill(Role.EXPERTS_ONLY)),
         outcome="degraded",
         small_disk=True,
-        checks=serves_on(LongestGap(2), recovered=(Degraded(),)),
+        checks=serves_on(LongestGap(5), recovered=(Degraded(),)),
     ),
 )
 

@@ -99,7 +99,6 @@ def test_what_is_taken_over_computes_as_at_home(tmp_path: Path, held: str) -> No
     assert rank.finish() == TakenOver(experts={FIRST: (1, 2, 3), SECOND: (0,)})
     assert rank.take_over.turn() is None
     assert not rank.take_over.busy
-    assert rank.take_over.progress == (3, 3)
     assert (rank.slots(FIRST), rank.slots(SECOND)) == ((0, 1, 2, 3), (0,))
     packed = rank.ffns.expert_bank(FIRST, num_experts)
     for expert in range(4):
