@@ -19,7 +19,7 @@ def check(mesh: SimulatedMesh, expected: Mapping[int, Stream] | None) -> None:
     _check_leftovers(mesh)
     if mesh.scenario.calm:
         _check_calm(mesh)
-    if not any(fault.kind == "kill" for fault in mesh.scenario.faults):
+    if mesh.scenario.dies_loading is None and not any(fault.kind == "kill" for fault in mesh.scenario.faults):
         _check_bloodless(mesh)
 
 
@@ -55,6 +55,10 @@ def _check_bloodless(mesh: SimulatedMesh) -> None:
     for process in mesh.processes:
         if process.ended:
             mesh.history.complain(f"rank {process.rank} has ended, and nobody was killed")
+    for stream in mesh.history.streams:
+        error = stream.error or ""
+        if error.startswith("EngineFailed") and "at each of the last" not in error:
+            mesh.history.complain(f"{stream.name} has failed, and nobody was killed: {error}")
 
 
 def _check_calm(mesh: SimulatedMesh) -> None:

@@ -65,7 +65,10 @@ def play(model: Model, scenario: Scenario, expected: Expected | None) -> Outcome
 async def _play(mesh: SimulatedMesh) -> None:
     mesh.loop.set_exception_handler(lambda loop, context: mesh.history.complain(_crash(context)))
     serving = asyncio.ensure_future(mesh.controller.run())
-    await _ready(mesh)
+    if mesh.scenario.dies_loading is None:
+        await _ready(mesh)
+    else:
+        mesh.time.after(0.01, lambda: mesh.end_process(mesh.scenario.dies_loading, "is killed while it loads"))
     play_faults(mesh)
     began = mesh.time.now
     clients = [asyncio.ensure_future(_ask(mesh, ask, began)) for ask in mesh.scenario.asks]

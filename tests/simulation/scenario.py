@@ -12,7 +12,7 @@ from tests.simulation.tiny_model import NUM_EXPERTS, requests
 from transport.local_wire import CALM, FaultRates
 
 HERE = "here"
-QUIET_FROM = 3.0
+QUIET_FROM = 4.0
 """When whatever goes wrong has ended."""
 
 SHAPES: tuple[dict[str, Any], ...] = (
@@ -68,6 +68,7 @@ class Scenario:
     crowded: bool = False
     max_queued: int | None = None
     calm: bool = False
+    dies_loading: int | None = None
 
     def host_of(self, rank: int) -> str:
         """The frontend sees processes of its own host alone."""
@@ -81,6 +82,8 @@ class Scenario:
     def lines(self) -> Iterator[str]:
         """The scenario for people."""
         yield f"mesh {self.mesh_fields}, crowded={self.crowded}, remote={sorted(self.remote)}"
+        if self.dies_loading is not None:
+            yield f"rank {self.dies_loading} dies while it loads"
         yield f"frames {self.rates}; messages {self.weather}"
         yield from (str(ask) for ask in self.asks)
         yield from (str(fault) for fault in self.faults)
@@ -117,9 +120,10 @@ def draw(seed: int) -> Scenario:
         crowded=rng.random() < 0.3,
         max_queued=rng.choice([None, None, 2]),
         calm=calm,
+        dies_loading=rng.randrange(num_ranks) if not calm and rng.random() < 0.02 else None,
     )
     kinds = ["lag", "slow"] if calm else ["kill", "stop", "stop", "slow", "cut", "cut off", "lag", "freeze"]
-    count = rng.choice([0, 1, 2, 3, 5])
+    count = rng.choice([0, 1, 2, 3, 5, 8])
     scenario.faults = tuple(sorted((_fault(rng, rng.choice(kinds), scenario) for _ in range(count)), key=_when))
     return scenario
 
@@ -132,7 +136,7 @@ def _asks(rng: random.Random) -> Iterator[Ask]:
     for _ in range(rng.randint(3, 9)):
         yield Ask(
             request=rng.randrange(len(requests())),
-            at=rng.choice([0.0, rng.uniform(0.0, 1.0)]),
+            at=rng.choice([0.0, rng.uniform(0.0, 2.0)]),
             leaves_after=rng.randint(0, 3) if rng.random() < 0.15 else None,
             reads_in=rng.uniform(0.05, 0.5) if rng.random() < 0.15 else 0.0,
         )
@@ -157,7 +161,7 @@ def _rates(rng: random.Random, *, calm: bool) -> FaultRates:
 
 def _fault(rng: random.Random, kind: str, scenario: Scenario) -> Fault:
     num_ranks = scenario.mesh_fields["num_ranks"]
-    at = rng.uniform(0.1, 1.5)
+    at = rng.uniform(0.05, 2.0)
     rank = rng.randrange(num_ranks)
     other = rng.choice([peer for peer in range(num_ranks) if peer != rank])
     seconds = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 from experts import ExpertClient
 from moemesh.expert_homes import ExpertHomes
 from moemesh.group_member import GroupMember
+from moemesh.membership import Membership
 from moemesh.scheduler import Scheduler
+from tests.simulation.control_plane import Weather
 from tests.simulation.run import Expected, play
-from tests.simulation.scenario import draw
+from tests.simulation.scenario import Fault, Scenario, draw
 from tests.simulation.tiny_model import Model
 from transport.flow_control import CreditWindow
 from transport.frame import Frame
 
 ENOUGH_SEEDS = 150
+Shape = Callable[[Scenario], None]
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +29,12 @@ def unplanted(expected: Expected) -> None:
     """What is expected is computed before anything is planted."""
 
 
-def assert_found(model: Model, expected: Expected, complaint: str) -> None:
-    """Some seed brings it to light."""
+def assert_found(model: Model, expected: Expected, complaint: str, shape: Shape = lambda scenario: None) -> None:
+    """Some seed brings it to light; `shape` gives the scenarios what the bug needs."""
     for seed in range(ENOUGH_SEEDS):
-        complaints = play(model, draw(seed), expected).complaints
+        scenario = draw(seed)
+        shape(scenario)
+        complaints = play(model, scenario, expected).complaints
         if any(complaint in each for each in complaints):
             return
     raise AssertionError(f"{ENOUGH_SEEDS} seeds have not found it")
@@ -98,3 +104,17 @@ def test_a_placement_published_before_its_load(
 
     monkeypatch.setattr(ExpertHomes, "assign", assign_and_promise)
     assert_found(tiny_model, expected, "which it has not loaded")
+
+
+def test_words_of_another_generation_believed(
+    tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that stood still goes on with what it had, as another life, until the view reaches it."""
+
+    def stop_twice(scenario: Scenario) -> None:
+        scenario.faults = tuple(Fault(kind="stop", at=at, seconds=0.6, rank=0) for at in (0.1, 1.2))
+        scenario.weather = Weather(usual=0.03)
+        scenario.calm = False
+
+    monkeypatch.setattr(Membership, "believes_of", lambda self, life, group, generation: self.believes(life))
+    assert_found(tiny_model, expected, "is believed of", stop_twice)
