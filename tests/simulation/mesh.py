@@ -182,14 +182,13 @@ class SimulatedMesh:
             self._check_place(message)
 
     def _check_place(self, place: messages.Place) -> None:
-        """A host that a placement names, and that is there, has the expert."""
-        present = [self.controller.present(rank) for rank in range(self.config.num_ranks)]
+        """A host that a placement names, and that serves, has the expert."""
         for layer, hosts in place.hosts.items():
             for expert, ranks in enumerate(hosts):
                 for rank in ranks:
                     process = self.processes[rank]
-                    there = not process.ended and process.life == present[rank]
-                    if there and expert not in process.hosts(layer):
+                    serves = not process.ended and self.controller.believes(process.life)
+                    if serves and expert not in process.hosts(layer):
                         self.history.complain(
                             f"placement {place.version} names rank {rank} for expert {expert} of layer {layer}, "
                             "which it has not loaded"
