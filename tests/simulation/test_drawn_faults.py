@@ -6,9 +6,10 @@ import pytest
 
 from tests.simulation.run import Expected, play
 from tests.simulation.scenario import draw
+from tests.simulation.soak import soak
 from tests.simulation.tiny_model import Model
 
-NUM_SEEDS = 600
+NUM_SEEDS = 500
 CHUNK = 50
 
 
@@ -37,3 +38,8 @@ def test_seeds_draw_every_fault() -> None:
         any(getattr(each, name) for each in rates) for name in ("drop", "duplicate", "corrupt", "reorder", "delay")
     )
     assert sum(scenario.calm for scenario in scenarios) > NUM_SEEDS / 10
+
+
+def test_a_soak_counts_what_fails(tiny_model: Model, capfd: pytest.CaptureFixture[str]) -> None:
+    assert soak(tiny_model.folder, 1000, 0.01)
+    assert "seeds from 1000 on" in capfd.readouterr().out
