@@ -68,6 +68,7 @@ class Frontend:
                     epoch=view.epoch,
                     incarnations=[record.incarnation for record in view.ranks],
                     states=[record.state for record in view.ranks],
+                    born=[0] * RANKS,
                     groups=[
                         messages.GroupMembers(group.generation, list(group.members), group.since)
                         for group in view.groups
