@@ -125,19 +125,26 @@ class LocalNetwork:
                 self._notices.append(_Notice(self.now + delay, peer, rank, self._links[rank].incarnation))
         self.advance(0.0)
 
-    def revive(self, rank: int) -> LocalLink:
-        """A process takes the dead rank's place, as its next life. It and its living peers may admit each other."""
+    def revive(self, rank: int, *, incarnation: int | None = None, introduced: bool = True) -> LocalLink:
+        """A process takes the dead rank's place, as its next life or a later one.
+
+        It and its living peers may admit each other; unless `introduced`, only from when they are.
+        """
         if rank not in self._dead:
             raise ValueError(f"rank {rank} lives: kill it first")
         self._dead.remove(rank)
-        incarnation = self._links[rank].incarnation + 1
+        incarnation = self._links[rank].incarnation + 1 if incarnation is None else incarnation
         self._tell(f"rank {rank} begins life {incarnation}")
         link = self._links[rank] = self._new_link(rank, incarnation=incarnation, peers={})
-        for peer, other in enumerate(self._links):
-            if peer != rank and peer not in self._dead:
-                other.peer_joined(rank, incarnation)
-                link.peer_joined(peer, other.born)
+        for peer in range(len(self._links)):
+            if introduced and peer != rank and peer not in self._dead:
+                self.introduce(rank, peer)
         return link
+
+    def introduce(self, rank: int, other: int) -> None:
+        """The processes of two ranks have met, and may admit each other."""
+        for one, two in ((rank, other), (other, rank)):
+            self._links[one].peer_joined(two, self._links[two].born)
 
     def stop(self, rank: int) -> None:
         """The rank stands still, as after SIGSTOP. Nobody is told; its frames wait."""

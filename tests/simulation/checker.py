@@ -42,6 +42,8 @@ def _check_leftovers(mesh: SimulatedMesh) -> None:
     if mesh.controller.failure is not None:
         return
     for process in mesh.processes:
+        if process.ended and mesh.can_be_replaced(process.rank):
+            mesh.history.complain(f"rank {process.rank} was not replaced")
         if not process.ended and not mesh.at_peace(process):
             mesh.history.complain(
                 f"rank {process.rank} ({mesh.controller.state(process.rank)}) keeps {mesh.kept_by(process)}"

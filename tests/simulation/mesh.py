@@ -99,7 +99,7 @@ class SimulatedMesh:
             mesh=self.config,
             placement=self.placement,
             expert_bytes=1 << 20,
-            settings=MembershipSettings(respawn=False),
+            settings=MembershipSettings(respawn=self.scenario.respawn),
             limits=AdmissionLimits(
                 max_num_seqs=self.config.max_num_seqs,
                 restart_tokens=self.config.max_num_batched_tokens,
@@ -111,11 +111,20 @@ class SimulatedMesh:
             make_watch=make_watch,
         )
 
-    def _start(self, rank: int) -> Process:
+    def _start(self, rank: int, parent: Process | None = None) -> Process:
         self._pids += 1
-        process = Process(self, self.network.links[rank], self._pids)
+        process = Process(self, self.network.links[rank], self._pids, parent)
         self._by_pid[process.pid] = process
         return process
+
+    def begin_process(self, rank: int, incarnation: int, *, parent: Process) -> None:
+        """Another process takes the place of a rank's."""
+        self.end_process(rank, "ends: another process has its place")
+        if incarnation <= self.network.links[rank].incarnation:
+            return  # a later one has been started meanwhile
+        self.tell(f"rank {parent.rank} has started life {incarnation} of rank {rank}")
+        self.network.revive(rank, incarnation=incarnation, introduced=False)
+        self.processes[rank] = self._start(rank, parent)
 
     def process_with(self, pid: int) -> Process:
         return self._by_pid[pid]
@@ -161,7 +170,14 @@ class SimulatedMesh:
         if self.controller.failure is not None:
             return True
         alive = [process for process in self.processes if not process.ended]
+        if any(process.ended and self.can_be_replaced(process.rank) for process in self.processes):
+            return False
         return not any(self.controller.leftovers().values()) and all(map(self.at_peace, alive))
+
+    def can_be_replaced(self, rank: int) -> bool:
+        """Somebody on its host lives, who can start another process."""
+        hosts = {self.scenario.host_of(process.rank) for process in self.processes if not process.ended}
+        return self.scenario.respawn and self.scenario.host_of(rank) in hosts
 
     def at_peace(self, process: Process) -> bool:
         """The rank serves, as the life that the frontend knows, and holds nothing."""
@@ -170,7 +186,8 @@ class SimulatedMesh:
 
     def kept_by(self, process: Process) -> dict[str, int]:
         """What a rank holds for requests, and frames that wait for a peer."""
-        assert process.engine is not None
+        if process.engine is None:
+            return {}
         return process.engine.leftovers() | {"queued": process.link.stats().queued}
 
     # --- what the ranks are told

@@ -14,7 +14,9 @@ from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from tests.simulation.control_plane import VirtualPort
 from tests.simulation.loading import Loading, VirtualExecutor, VirtualTakeOver
+from tests.simulation.meetings import VirtualMeetings
 from tests.simulation.tiny_model import CPU
+from tests.simulation.virtual_time import Action
 from transport import messages
 from transport.control import ControlClient
 from transport.life import Life
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 TURN_SECONDS = (0.001, 0.01)
 """What a turn takes in which something was computed."""
 LOAD_SECONDS = (0.005, 0.05)
+IMPORT_SECONDS = (0.05, 0.5)
 
 
 class Process:
     """One process of a rank. It runs, or is stopped, or has ended."""
 
-    def __init__(self, mesh: SimulatedMesh, link: LocalLink, pid: int) -> None:
-        self._mesh, self._time = mesh, mesh.time
+    def __init__(self, mesh: SimulatedMesh, link: LocalLink, pid: int, parent: Process | None = None) -> None:
+        """`parent`: the process that has started this one while the mesh was serving."""
+        self._mesh, self._time, self._parent = mesh, mesh.time, parent
         self._rng = random.Random(mesh.rng.random())
         self.link, self.rank, self.pid = link, link.rank, pid
         life = Life(link.rank, link.incarnation)
@@ -48,21 +52,53 @@ class Process:
         self.engine: RankEngine | None = None
         self.stopped = self.ended = False
         self.slowness = 1.0
+        self.born = (life.rank, life.incarnation)
+        self.meetings = VirtualMeetings(mesh, self)
+        self._neighbours = self._make_neighbours()
+        self._earlier: list[messages.Message] = []
+        self._starting = False
         self._busy_until = 0.0
         self._due: float | None = None
-        host = mesh.scenario.host_of(self.rank)
-        self.control.send(messages.Started(pid, host))
+        self.control.send(messages.Started(pid=pid, host=mesh.scenario.host_of(self.rank)))
+        self._later(0.0 if parent is None else self._rng.uniform(*IMPORT_SECONDS), self._begin)
+
+    def _make_neighbours(self) -> Neighbours:
+        others = [rank for rank in range(self._mesh.config.num_ranks) if rank != self.rank]
+        return Neighbours(
+            self.rank,
+            born=self.born[1],
+            met=dict.fromkeys(others, 0) if self._parent is None else {},
+            meetings=self.meetings if others else None,
+            command=lambda order: (),
+        )
+
+    def _later(self, seconds: float, action: Action) -> None:
+        """After so much time of its own, unless it has ended."""
+
+        def act() -> None:
+            if self.stopped:
+                self._time.after(0.05, act)
+            elif not self.ended:
+                action()
+
+        self._time.after(seconds, act)
+
+    def _begin(self) -> None:
+        """Its heart beats, it has met its parent, and says hello."""
+        self._beat()
+        if self._parent is not None:
+            self.meetings.meet(self._parent)
+        host = self._mesh.scenario.host_of(self.rank)
         self.control.send(
             messages.Hello(
                 rank=self.rank,
-                pid=pid,
-                incarnation=life.incarnation,
+                pid=self.pid,
+                incarnation=self.life.incarnation,
                 host=host,
                 num_threads=1,
                 isa="virtual",
             )
         )
-        self._time.after(0.0, self._beat)
 
     @property
     def life(self) -> Life:
@@ -101,7 +137,7 @@ class Process:
 
     def wake(self, at: float = 0.0) -> None:
         """There may be something to do at that time."""
-        if self.ended or self.stopped:
+        if self.ended or self.stopped or self.engine is None:
             return
         due = max(at, self._busy_until, self._time.now)
         if self._due is None or due < self._due:
@@ -111,16 +147,18 @@ class Process:
     def _control_came(self) -> None:
         if self.engine is not None:
             self.wake()
-        elif any(isinstance(message, messages.Start) for message in self.control.receive_all()):
-            seconds = self._rng.uniform(*LOAD_SECONDS) * self.slowness
-            self._time.after(seconds, self._loaded)
+        if self._starting:
+            return
+        received = self.control.receive_all()
+        self._earlier += [message for message in received if not isinstance(message, messages.Start)]
+        if any(isinstance(message, messages.Start) for message in received):
+            self._starting = True
+            self._later(self._rng.uniform(*LOAD_SECONDS) * self.slowness, self._loaded)
 
     def _loaded(self) -> None:
-        if self.ended:
-            return
-        if self.stopped:
-            self._time.after(0.05, self._loaded)
-            return
+        for message in self._earlier:
+            if isinstance(message, messages.View):
+                self._neighbours.follow(message)
         mesh = self._mesh
         model, loader = mesh.model.share(mesh.config, mesh.placement, self.rank)
         loading = Loading(self._time, self._rng, self.wake)
@@ -133,18 +171,21 @@ class Process:
             device=CPU,
             idle=IdleWait(self.control, bell=None, alone=True, crowded=mesh.scenario.crowded),
             heart=self.heart,
-            neighbours=Neighbours(self.rank, born=0, met=dict.fromkeys(range(mesh.config.num_ranks), 0)),
+            neighbours=self._neighbours,
             head_loader=HeadLoader(loader.mla, mesh.model.checkpoint, free_memory=lambda: 1 << 40),
             executor=VirtualExecutor(loading),
             make_take_over=lambda service: VirtualTakeOver(loading, service, mesh.model.checkpoint, loader.ffns),
             clock=self._time.clock,
         )
-        self.engine.announce()
+        self.engine.hear(self._earlier)
+        if self._parent is None:
+            self.engine.announce()
         self.wake()
 
     def _turn(self, due: float) -> None:
-        if due != self._due or self.ended or self.stopped or self.engine is None:
+        if due != self._due or self.ended or self.stopped:
             return
+        assert self.engine is not None
         self._due = None
         mesh, now = self._mesh, self._time.now
         mesh.network.advance(now - mesh.network.now)

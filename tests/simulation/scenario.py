@@ -67,12 +67,13 @@ class Scenario:
     remote: frozenset[int] = frozenset()
     crowded: bool = False
     max_queued: int | None = None
+    respawn: bool = False
     calm: bool = False
     dies_loading: int | None = None
 
     def host_of(self, rank: int) -> str:
         """The frontend sees processes of its own host alone."""
-        return f"host {rank}" if rank in self.remote else HERE
+        return "there" if rank in self.remote else HERE
 
     def group_of(self, rank: int) -> int | None:
         fields = self.mesh_fields
@@ -81,7 +82,7 @@ class Scenario:
 
     def lines(self) -> Iterator[str]:
         """The scenario for people."""
-        yield f"mesh {self.mesh_fields}, crowded={self.crowded}, remote={sorted(self.remote)}"
+        yield f"mesh {self.mesh_fields}, respawn={self.respawn}, crowded={self.crowded}, remote={sorted(self.remote)}"
         if self.dies_loading is not None:
             yield f"rank {self.dies_loading} dies while it loads"
         yield f"frames {self.rates}; messages {self.weather}"
@@ -119,6 +120,7 @@ def draw(seed: int) -> Scenario:
         remote=frozenset(rank for rank in range(num_ranks) if rng.random() < 0.3),
         crowded=rng.random() < 0.3,
         max_queued=rng.choice([None, None, 2]),
+        respawn=rng.random() < 0.6,
         calm=calm,
         dies_loading=rng.randrange(num_ranks) if not calm and rng.random() < 0.02 else None,
     )
