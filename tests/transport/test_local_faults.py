@@ -220,3 +220,27 @@ def test_a_loss_that_was_not_asked_for_is_not_that_of_the_next_life() -> None:
     link.forget(1)
     link.admit(1, 1)
     assert link.take_lost() == []
+
+
+def test_a_replacement_is_met_by_one_peer_after_the_other() -> None:
+    network = LocalNetwork(3)
+    network.kill(2)
+    new = network.revive(2, incarnation=5, introduced=False)
+    assert [link.take_joined() for link in network.links] == [[], [], []]
+    network.introduce(2, 0)
+    assert [link.take_joined() for link in network.links] == [[(2, 5)], [], [(0, 0)]]
+    assert new.incarnation == 5
+
+
+def test_it_says_when_a_rank_may_receive_something() -> None:
+    network = LocalNetwork(2, seed=1)
+    assert network.next_arrival(1) is None
+    network.disturb(FaultRates(delay=1.0, max_delay=2.0))
+    network.links[0].post(1, frame_from(network.links[0]))
+    due = network.next_arrival(1)
+    assert due is not None
+    network.advance(due - 0.001)
+    assert network.links[1].poll() == []
+    network.kill(0, noticed_after=0.5)
+    assert network.next_arrival(1) == min(due, network.now + 0.5)
+    assert network.next_arrival(0) is None
