@@ -22,7 +22,7 @@ from tests.simulation.virtual_time import VirtualLoop, VirtualTime
 
 PATIENCE_SECONDS = 120.0
 """By then every client must have been told something."""
-SETTLE_SECONDS = 40.0
+SETTLE_SECONDS = 100.0
 """By then everybody has put down what it held, and whoever can be readmitted is."""
 
 Expected = dict[int, Stream]

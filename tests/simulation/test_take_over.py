@@ -60,7 +60,7 @@ class Frontend:
         view, placement = news.view, news.placement
         self.placements.append(placement)
         hosts = {layer: [list(ranks) for ranks in placement.hosts_of(layer)] for layer in placement.moe_layers}
-        for rank in view.living():
+        for rank in view.listening():
             order = {layer: list(experts) for layer, experts in news.orders.get(rank, {}).items()}
             self.mesh.controls[rank].inbox += [
                 messages.Place(placement.version, hosts, order),
