@@ -9,7 +9,7 @@ from kernels.layers import Layer, LayerStack, RoutedExperts, run_layers
 from kernels.layout import Angles, AttentionBatch, BatchRows, Span, lay_out
 from kernels.linear import PackedLinear, embed, linear, normed_linear, pack_linear
 from kernels.mla import MlaWeights, mla, mla_attend, mla_project
-from kernels.panels import BlockScale, FileWeight, dequantize
+from kernels.panels import BlockScale, FileWeight, UnreadableWeight, dequantize
 from kernels.quantization import INT8_BLOCK, quantize
 from kernels.room import Room
 from kernels.routing import Gate, route
@@ -54,6 +54,7 @@ __all__ = [
     "SlotPlan",
     "Span",
     "TokenScore",
+    "UnreadableWeight",
     "add_rms_norm_",
     "aside",
     "checksum",

@@ -156,7 +156,7 @@ class PackedExperts:
         """Experts straight from files into their slots, without Python in between: `places` of gate, up and down of
         one after the other, as their dtype is held; `scales` as for `load`. Returns the weights' checksums. CPU only.
 
-        Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
+        Raises UnreadableWeight, and MemoryError.
         """
         assert self.is_native
         assert len(places) == 3 * len(slots)

@@ -86,6 +86,15 @@ class FileWeight:
     offset: int
 
 
+class UnreadableWeight(Exception):
+    """The weight at `index` of those that were to be loaded cannot be: `reason`."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"weight {index} {reason}")
+        self.index = index
+        self.reason = reason
+
+
 FileTarget = tuple[FileWeight, tuple[int, int], bool, int, int]
 
 
@@ -94,23 +103,22 @@ def load_files(weights: Sequence[FileTarget], dtype: torch.dtype) -> list[int]:
     pairs, the address of its panels and the bytes between two. One call for all of them, which needs no Python in
     between.
 
-    Raises OSError, EOFError where a file ends too early, and ValueError for NaN in fp8 weights.
+    Raises UnreadableWeight, and MemoryError.
     """
     jobs = array("q")  # struct FileWeight of csrc/ops.h; made without torch, whose every operation lets go of the GIL
     for place, (num_out, num_in), in_pairs, address, stride in weights:
         elements = _elements(num_in, dtype, in_pairs)
         jobs.extend((place.file, place.offset, num_out, *elements, address, stride, 0, 0))
     native.load(jobs.buffer_info()[0], len(weights))
-    outcomes = jobs[_OUTCOME::_FILE_WEIGHT_WORDS]
-    wrong = next((outcome for outcome in outcomes if outcome), None)
-    if wrong == -1:
-        raise EOFError("it ends before the weight does")
-    if wrong == -2:
-        raise ValueError("the fp8 weight contains NaN")
-    if wrong == -3:
-        raise MemoryError("there is no memory for a weight")
-    if wrong is not None:
-        raise OSError(wrong, os.strerror(wrong))
+    for index, outcome in enumerate(jobs[_OUTCOME::_FILE_WEIGHT_WORDS]):
+        if outcome == -1:
+            raise UnreadableWeight(index, "is truncated: its file ends before it does")
+        if outcome == -2:
+            raise UnreadableWeight(index, "contains NaN, which no fp8 weight may")
+        if outcome == -3:
+            raise MemoryError("there is no memory for a weight")
+        if outcome:
+            raise UnreadableWeight(index, f"cannot be read: {os.strerror(outcome)}")
     return [checksum & (2**64 - 1) for checksum in jobs[_OUTCOME + 1 :: _FILE_WEIGHT_WORDS]]
 
 

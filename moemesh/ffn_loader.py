@@ -110,10 +110,9 @@ class FfnLoader:
             scales = [(of_name[i], of_name[i + 1], of_name[i + 2]) for i in range(0, len(names), 3)]
         try:
             checksums = packed.load_files(slots, [reader.place(name) for name in names], scales)
-        except (OSError, EOFError, ValueError) as error:
-            paths = sorted({str(self._tensors[name].path) for name in names})
-            what = "is truncated" if isinstance(error, EOFError) else "cannot be read"
-            raise CheckpointError((f"{', '.join(paths)}: {what}, at {names[0]} or behind it: {error}",)) from error
+        except kernels.UnreadableWeight as error:
+            name = names[error.index]
+            raise CheckpointError((f"{self._tensors[name].path}: {name} {error.reason}",)) from error
         for name, checksum in zip(names, checksums, strict=True):
             reader.was_read(name, checksum)
 

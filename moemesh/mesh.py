@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 STOP_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.2
 STOP_GRACE_SECONDS = 1.0
+QUEUED_TURNS = 4
+"""Requests that may wait by default, as a multiple of those that are computed at a time."""
 
 
 @asynccontextmanager
@@ -128,7 +130,7 @@ def _limits(options: EngineOptions, mesh: MeshConfig) -> AdmissionLimits:
         return unlimited
     return replace(
         unlimited,
-        max_queued_requests=options.max_queued_requests,
+        max_queued_requests=options.max_queued_requests or QUEUED_TURNS * mesh.max_num_seqs * len(mesh.groups),
         max_queued_tokens=options.max_queued_tokens,
         queue_timeout=options.queue_timeout,
     )

@@ -210,8 +210,11 @@ class ServeOptions(EngineOptions):
         many=True,
         metavar="KEY",
     )
-    max_queued_requests: int = flag(
-        4096, "requests that may wait for their turn; further ones get status 503 and Retry-After", whole(1)
+    max_queued_requests: int | None = flag(
+        None,
+        "requests that may wait for their turn; further ones get status 503 and Retry-After (default: four times as "
+        "many as are computed at a time)",
+        whole(1),
     )
     max_queued_tokens: int | None = flag(
         None, "tokens that their prompts may have together, such as 4M (default: no limit)", size

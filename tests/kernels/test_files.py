@@ -47,3 +47,23 @@ def test_a_checksum_notices_any_change() -> None:
     found.add(kernels.checksum(swapped))
     assert len(found) == 10
     assert kernels.checksum(torch.arange(6.0).view(2, 3)) == kernels.checksum(torch.arange(6.0))
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="only the C kernels load from files to panels")
+def test_a_weight_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    hidden, width = 128, 128
+    packed = kernels.PackedExperts.empty(1, hidden, width, dtype=torch.float8_e4m3fn, block=(128, 128))
+    scales = [tuple(torch.ones(1, 1) for _ in range(3))]
+    content = bytearray(3 * hidden * width)
+    content[hidden * width + 5] = 0x7F  # NaN, in the second of three
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        places = [kernels.FileWeight(file.fileno(), i * hidden * width) for i in range(3)]
+        with pytest.raises(kernels.UnreadableWeight, match="contains NaN") as caught:
+            packed.load_files([0], places, scales)
+        assert caught.value.index == 1
+        path.write_bytes(bytes(3 * hidden * width - 1))
+        with pytest.raises(kernels.UnreadableWeight, match="is truncated") as caught:
+            packed.load_files([0], places, scales)
+        assert caught.value.index == 2
