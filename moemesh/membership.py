@@ -13,14 +13,13 @@ progress. Only `Tick` judges by time, after taking off what the controller itsel
 
 from __future__ import annotations
 
-import math
-
 from mesh_config.mesh import MeshConfig
 from mesh_config.placement import Placement
 from moemesh.attention_groups import AttentionGroups
+from moemesh.detection import Detection, suspicion
 from moemesh.expert_homes import ExpertHomes, Orders, count_experts
+from moemesh.healing import Healing
 from moemesh.membership_records import (
-    TICK_SECONDS,
     Event,
     FailMesh,
     Heartbeat,
@@ -50,7 +49,7 @@ from moemesh.membership_records import (
     UnfitSeen,
     View,
 )
-from moemesh.rank_record import RankRecord, lost_touch, suspicion, useless, worth_waiting_for
+from moemesh.rank_record import RankRecord
 from transport.life import Life
 
 _LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
@@ -77,13 +76,12 @@ class Membership:
         """Which living rank hosts what, and who loads the rest."""
         self._settings = settings
         self._ranks = [RankRecord(rank=rank) for rank in range(mesh.num_ranks)]
-        comes_back = settings.respawn and settings.fault_tolerance
-        self._groups = AttentionGroups(mesh, self._ranks, comes_back=comes_back)
+        self._healing = Healing(self._ranks, settings)
+        self._detection = Detection(mesh, self._ranks, settings)
+        self._groups = AttentionGroups(mesh, self._ranks, comes_back=self._healing.respawns)
         self._epoch = 0
         self._started = False
         self._failed = False
-        self._last_tick: float | None = None
-        self._doubt_since: float | None = None
         self._out: list[Instruction] = []
         self._changed = False
         self._published: tuple[int, Orders] = (placement.version, {})
@@ -112,8 +110,7 @@ class Membership:
     @property
     def may_restart(self) -> bool:
         """The only rank can be started again, by the frontend."""
-        able = self._settings.respawn and self._settings.fault_tolerance
-        return self._started and able and len(self._ranks) == 1
+        return self._started and self._healing.respawns and len(self._ranks) == 1
 
     def is_present(self, life: Life) -> bool:
         """The life is the rank's present one, dead or not."""
@@ -160,7 +157,7 @@ class Membership:
         """Why nobody can compute anything for now: experts are missing, and neither loaded nor about to come back."""
         if not self._started or not self.homes.stranded:
             return ""
-        if any(worth_waiting_for(record, self._settings) for record in self._ranks):
+        if self._healing.worth_waiting_for():
             return ""
         why = "; ".join(f"rank {rank}: {problem}" for rank, problem in sorted(self.homes.problems.items()))
         return f"{self.homes.missing} experts were lost and cannot be loaded again: {why}"
@@ -240,8 +237,7 @@ class Membership:
 
     def _beat(self, record: RankRecord, progress: int, working: bool, now: float) -> None:
         record.beat(progress, working, now)
-        fenced = record.state == "dead" and not record.ended and record.killed_at is None
-        if fenced and self._started and now >= record.retry_at:
+        if self._started and self._healing.readmits(record, now):
             before = record.life
             record.begin_life(now)
             self._move(record, "joining", "alive again: readmitted", now)
@@ -250,25 +246,19 @@ class Membership:
     # --- time
 
     def _tick(self, now: float) -> None:
-        late_by = math.inf if self._last_tick is None else now - self._last_tick - TICK_SECONDS
-        self._last_tick = now
-        if late_by > self._settings.own_lateness:
-            self._excuse_itself(late_by, now)
+        if late_by := self._detection.excuse_itself(now):
+            self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
         for record in self._ranks:
             record.forget_late(now, self._settings.late_memory)
             self._suspect(record, now)
-        self._judge(now)
+            if record.state == "suspect":
+                self._out.append(Look(record.life))
+        for verdict in self._detection.verdicts(now):
+            self._die(verdict.record, verdict.reason, now)
+            if verdict.alive:
+                self._kill(verdict.record, now)
         for record in self._ranks:
             self._bring_back(record, now)
-
-    def _excuse_itself(self, late_by: float, now: float) -> None:
-        """What it did not hear while it was away is nobody's fault."""
-        if late_by < math.inf:
-            self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
-        for record in self._ranks:
-            record.shift(late_by, now)
-        if self._doubt_since is not None:
-            self._doubt_since = min(now, self._doubt_since + late_by)
 
     def _suspect(self, record: RankRecord, now: float) -> None:
         if not record.living:
@@ -279,79 +269,28 @@ class Membership:
         elif not reason and record.state == "suspect":
             self._move(record, "up", "", now)
 
-    def _judge(self, now: float) -> None:
-        """Deaths by time. Where most seem ill, the one who looks may be."""
-        suspects = [record for record in self._ranks if record.state == "suspect"]
-        for record in suspects:
-            self._out.append(Look(record.life))
-        if 2 * len(suspects) <= sum(record.living for record in self._ranks):
-            self._doubt_since = None
-        elif self._doubt_since is None:
-            self._doubt_since = now
-        if self._doubt_since is not None and now - self._doubt_since < self._settings.doubt:
-            return
-        working = {r.rank for r in self._ranks if r.living and r.working and self._mesh.group_of(r.rank) is not None}
-        for record in suspects:
-            if reason := lost_touch(record, now, self._settings):
-                self._die(record, reason, now)
-            elif reason := useless(record, now, self._settings, callers=working - {record.rank}):
-                self._die(record, reason, now)
-                self._kill(record, now)
-
     def _bring_back(self, record: RankRecord, now: float) -> None:
         """Kill a fenced rank whose grace is over; begin the next life of one that has ended."""
-        settings = self._settings
         if record.state == "joining":
             self._watch_joining(record, now)
             return
         if record.state != "dead" or not self._started:
             return
         if not record.ended:
-            if now - record.since > settings.stop_grace:
+            if self._healing.grace_is_over(record, now):
                 self._kill(record, now)
-            if record.killed_at is not None and now - record.killed_at > settings.stop_grace:
-                record.ended = True  # out of sight; its life is fenced whatever it does
-        elif self._may_respawn(record) and now >= record.retry_at:
-            self._respawn(record, now)
-
-    def _may_respawn(self, record: RankRecord) -> bool:
-        settings = self._settings
-        return settings.respawn and settings.fault_tolerance and record.attempts < settings.most_attempts
-
-    def _respawn(self, record: RankRecord, now: float) -> None:
-        """Have a new process started: by the frontend where there is one rank, else by a survivor on the same host that
-        is not at it. After a failure by another one than before: it may have been the survivor's.
-        """
-        spawner = None
-        if len(self._ranks) > 1:
-            busy = {other.spawner for other in self._ranks if other.state == "joining" and not other.said_hello}
-            there = [other for other in self._ranks if other.state == "up" and other.host == record.host]
-            free = [other.rank for other in there if other.rank not in busy]
-            if not free:
-                return
-            spawner = free[record.attempts % len(free)]
-        record.begin_process(now, spawner=spawner)
-        self._move(record, "joining", "respawned", now)
-        self._out.append(Respawn(record.life, spawner))
+            record.ended = self._healing.out_of_sight(record, now)
+        elif self._healing.begin_process(record, now):
+            self._move(record, "joining", "respawned", now)
+            self._out.append(Respawn(record.life, record.spawner))
 
     def _watch_joining(self, record: RankRecord, now: float) -> None:
-        settings, spawner = self._settings, record.spawner
-        silent, waiting = now - record.heard_at, now - record.since
-        if record.said_hello:
-            if silent > settings.starved_dead:
-                self._die(record, f"its heart has been silent for {silent:.1f} s", now)
-        elif spawner is not None and not self._ranks[spawner].living:
-            record.attempts -= 1  # no fault of its own
-            self._abandon(record, f"rank {spawner}, which was to start it, is gone", now)
-        elif waiting > settings.hello_timeout:
-            self._abandon(record, f"the new process has not said hello for {waiting:.0f} s", now)
-        elif not record.began and waiting > settings.begin_timeout:
-            self._abandon(record, f"no new process has begun for {waiting:.0f} s", now)
-
-    def _abandon(self, record: RankRecord, reason: str, now: float) -> None:
         """A new process that does not come is not waited for: another one takes its place."""
-        self._kill(record, now)
-        self._end(record, f"cannot respawn: {reason}", now)
+        if reason := self._healing.fell_silent(record, now):
+            self._die(record, reason, now)
+        elif reason := self._healing.given_up(record, now):
+            self._kill(record, now)
+            self._end(record, f"cannot respawn: {reason}", now)
 
     # --- changes
 
@@ -367,17 +306,7 @@ class Membership:
     def _die(self, record: RankRecord, reason: str, now: float) -> None:
         if record.state == "dead":
             return
-        settings = self._settings
-        if record.state == "joining":
-            record.attempts += 1
-            if record.attempts >= settings.most_attempts:
-                reason = f"{reason} (given up after {record.attempts} attempts)"
-        if record.living and now - record.since >= settings.steady_after:
-            record.failures = 0
-        delay = settings.backoff * 2.0 ** (record.failures - 1) if record.failures else 0.0
-        record.failures += 1
-        record.retry_at = now + min(delay, settings.longest_backoff)
-        self._move(record, "dead", reason, now)
+        self._move(record, "dead", self._healing.note_death(record, reason, now), now)
         self.homes.lose(record.rank)
 
     def _move(self, record: RankRecord, state: RankState, reason: str, now: float) -> None:
@@ -434,21 +363,11 @@ class Membership:
             return
         missing = self.missing_experts()
         nowhere = missing and not any(self._ranks[rank].living for rank in self._mesh.expert_ranks)
-        if (self.serving_groups() and not nowhere) or self._may_return():
+        if (self.serving_groups() and not nowhere) or self._healing.may_return():
             return
         lost = self._ranks[missing[0]] if nowhere else dead[0]
         what = "experts that no rank can load" if nowhere else "the last attention group"
         self._fail(f"{lost.life}, with {what}: {lost.reason}")
-
-    def _may_return(self) -> bool:
-        """Some rank may yet become what is missing."""
-        if any(record.state == "joining" for record in self._ranks):
-            return True
-        if any(record.state == "dead" and not record.ended and record.killed_at is None for record in self._ranks):
-            return True
-        hosts = {record.host for record in self._ranks if record.living or len(self._ranks) == 1}
-        lost = (record for record in self._ranks if record.state == "dead" and record.host in hosts)
-        return any(self._may_respawn(record) for record in lost)
 
     def _fail(self, reason: str) -> None:
         self._failed = True

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moemesh.membership_records import LIVING, MembershipSettings, RankState
+from moemesh.membership_records import LIVING, RankState
 from transport.life import Life
-
-MOST_FAILURES = 3
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,51 +106,3 @@ class RankRecord:
         self.late = {reporter: at for reporter, at in self.late.items() if now - at <= memory}
         if not self.late:
             self.late_since = None
-
-
-def suspicion(record: RankRecord, now: float, settings: MembershipSettings) -> str:
-    """Why a living rank is to be suspected; "" for no reason."""
-    if not settings.fault_tolerance:
-        return ""
-    silent = now - record.heard_at
-    if silent > settings.suspect_after:
-        return f"its heart has been silent for {silent:.1f} s"
-    if record.late:
-        return f"late for {', '.join(f'rank {reporter}' for reporter in sorted(record.late))}"
-    still = now - record.progressed_at
-    if record.working and still > settings.stuck_after:
-        return f"its heart beats, its work has stood still for {still:.1f} s"
-    return ""
-
-
-def lost_touch(record: RankRecord, now: float, settings: MembershipSettings) -> str:
-    """Why a suspect rank is dead although it may yet be heard of; "" while it is not."""
-    silent = now - record.heard_at
-    runs = record.seen_running_at is not None and now - record.seen_running_at <= settings.suspect_after
-    if silent > (settings.starved_dead if runs else settings.silent_dead):
-        return f"its heart has been silent for {silent:.1f} s"
-    return ""
-
-
-def useless(record: RankRecord, now: float, settings: MembershipSettings, *, callers: set[int]) -> str:
-    """Why a suspect rank is to be replaced although it is alive; "" for no reason.
-
-    `callers`: those that may have calls out to it now.
-    """
-    if record.late_since is None:
-        return ""
-    late_for, still = now - record.late_since, now - record.progressed_at
-    if record.working and min(still, late_for) > settings.stuck_dead:
-        return f"its heart beats, its work has stood still for {still:.1f} s, and peers wait for it"
-    if late_for > settings.slow_dead and 2 * len(record.late.keys() & callers) >= max(1, len(callers)):
-        return f"slow: late without pause for {late_for:.1f} s"
-    return ""
-
-
-def worth_waiting_for(record: RankRecord, settings: MembershipSettings) -> bool:
-    """Whether a lost rank may soon be back. One whose lives fail again and again is started again, but not waited
-    for."""
-    if record.living or record.failures > MOST_FAILURES:
-        return False
-    fenced = not record.ended and record.killed_at is None
-    return record.state == "joining" or fenced or settings.respawn

@@ -1,0 +1,72 @@
+"""A membership with a clock of its own, told event by event."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from mesh_config import MeshConfig, even_placement
+from moemesh.membership import Membership
+from moemesh.membership_records import (
+    TICK_SECONDS,
+    Event,
+    Heartbeat,
+    HelloSeen,
+    Instruction,
+    MembershipSettings,
+    ReadySeen,
+    Tick,
+)
+from transport.life import Life
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """A membership with a clock, and hearts that beat unless they are `silent`."""
+
+    def __init__(
+        self,
+        num_ranks: int = 4,
+        *,
+        attention_ranks: int | None = 2,
+        tp: int = 1,
+        redundant: int = 0,
+        **settings: Any,
+    ) -> None:
+        mesh = MeshConfig(num_ranks=num_ranks, attention_ranks=attention_ranks, attention_tp=tp, max_model_len=64)
+        placement = even_placement(4, (1,), mesh.expert_ranks, num_ranks, redundant=redundant)
+        self.num_ranks = num_ranks
+        self.now = 100.0
+        self.silent: set[int] = set()
+        self.working: set[int] = set()
+        self.stuck: set[int] = set()
+        self.progress = 0
+        self.membership = Membership(mesh, placement, MembershipSettings(**settings))
+
+    def tell(self, *events: Event) -> list[Instruction]:
+        return [instruction for event in events for instruction in self.membership.handle(event, self.now)]
+
+    def start(self) -> Mesh:
+        for rank in range(self.num_ranks):
+            self.tell(HelloSeen(Life(rank)), ReadySeen(Life(rank)))
+        return self
+
+    def wait(self, seconds: float, *also: Event) -> list[Instruction]:
+        """Beats and ticks for a while, `also` before each tick."""
+        out: list[Instruction] = []
+        for _ in range(round(seconds / TICK_SECONDS)):
+            self.now += TICK_SECONDS
+            self.progress += 1
+            for rank in range(self.num_ranks):
+                if rank not in self.silent:
+                    progress = 0 if rank in self.stuck else self.progress
+                    out += self.tell(Heartbeat(self.membership.present(rank), progress, rank in self.working))
+            out += self.tell(*also, Tick())
+        return out
+
+    def states(self) -> list[str]:
+        return [record.state for record in self.membership.view.ranks]
+
+
+def of(kind: type[T], instructions: list[Instruction]) -> list[T]:
+    return [instruction for instruction in instructions if isinstance(instruction, kind)]
