@@ -27,6 +27,7 @@ from moemesh.engine_client import (
     Overloaded,
     TokenOutput,
 )
+from moemesh.group_feed import GroupFeed
 from moemesh.ledger import Ledger, LedgerEntry, PrefixAffinity
 from moemesh.membership_records import TICK_SECONDS, MembershipSettings, ProcessEnded, Tick
 from moemesh.mesh_control import ControlPlane, MeshControl, Watch
@@ -34,14 +35,12 @@ from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
 from moemesh.process_watch import ProcessWatch
 from moemesh.random_numbers import choice_seed
-from moemesh.request_messages import submit_message, token_output
+from moemesh.request_messages import token_output
 from transport import messages
 from transport.life import Life
 
 MAX_LOSSES = 3
 """Who was being computed by so many groups in a row that were lost, and got no token in between, may be the cause."""
-MAX_REGROUP_TOKENS = 8 << 20
-"""In one message; of more, the rest begins again."""
 STALL_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
@@ -95,9 +94,8 @@ class Controller:
         )
         self._ledger = Ledger(len(mesh.groups), PrefixAffinity.of(mesh))
         self._admission = Admission(self._ledger, limits)
+        self._feed = GroupFeed(self._control, self._ledger, self._admission, metrics, clock)
         self._streams: dict[int, _Stream] = {}
-        # Groups that go on with other members, and whose leader has not been told their sequences yet.
-        self._regrouping: set[int] = set()
         self._failure: str | None = None
         # A request without max_tokens goes on until the context ends, or the cache, where that is smaller: a sequence's
         # last token is given out and never cached.
@@ -138,7 +136,7 @@ class Controller:
         if not membership.started:
             return EngineStatus(state="loading", ready=False, detail=self.view.loading_detail())
         missing = membership.stranded or self._missing()
-        if not self._serving_groups():
+        if not self._feed.serving_groups():
             return EngineStatus(state="ready", ready=False, detail=f"cannot serve: {missing}", degraded=True)
         idle_for = self._clock() - self._last_progress
         if len(self._ledger) and idle_for > STALL_SECONDS:
@@ -175,18 +173,14 @@ class Controller:
         finally:
             self._forget(request_id)
             if not finished:
-                self._cancel(stream.entry)
+                self._feed.cancel(stream.entry)
 
     def _forget(self, request_id: int) -> None:
         self._streams.pop(request_id, None)
         self._ledger.close(request_id)
         self._admission.forget(request_id)
-        self._give_out()
+        self._feed.give_out()
         self._notify()
-
-    def _cancel(self, entry: LedgerEntry) -> None:
-        if entry.group is not None:
-            self._control.send_leader(entry.group, messages.Cancel(request_id=entry.request_id))
 
     def _admit(self, request: GenerationRequest) -> _Stream:
         status = self.status()
@@ -210,48 +204,15 @@ class Controller:
             self._last_progress = self._clock()
         stream = self._streams[entry.request_id] = _Stream(entry)
         self._admission.enter(entry, self._clock())
-        self._give_out()
+        self._feed.give_out()
         return stream
-
-    def _serving_groups(self) -> tuple[int, ...]:
-        """Groups that can compute: none of them can while experts are missing."""
-        membership = self._control.membership
-        return () if membership.missing_experts() else membership.serving_groups()
-
-    def _give_out(self) -> None:
-        """Send what waits to the groups that have room."""
-        for group in sorted(self._regrouping):
-            self._regroup(group)
-        if not self._admission.num_waiting:
-            return
-        groups = [group for group in self._serving_groups() if group not in self._regrouping]
-        for entry in self._admission.take(groups, self._clock()):
-            assert entry.group is not None
-            if not self._control.send_leader(entry.group, submit_message(entry)):
-                self._admission.put_back(entry)  # the next tick tries again
-                return
-            if entry.restarting:
-                self._metrics.restarts.inc()
-
-    def _regroup(self, group: int) -> None:
-        """Tell the leader of a group that has other members which sequences go on."""
-        entries, room = self._ledger.entries_of(group), MAX_REGROUP_TOKENS
-        for entry in entries:
-            room -= entry.num_tokens
-            if room < 0:
-                entry.group, entry.restarting = None, True
-                self._admission.restart([entry])
-        sequences = [submit_message(entry) for entry in entries if entry.group == group]
-        generation = self._control.membership.view.groups[group].generation
-        if self._control.send_leader(group, messages.Regroup(generation, sequences)):
-            self._regrouping.discard(group)
 
     def _turn_away(self) -> None:
         """End what nobody will compute."""
         if stranded := self._control.membership.stranded:
             for request_id, stream in self._streams.items():
                 if self._ledger.get(request_id) is not None:
-                    self._cancel(stream.entry)
+                    self._feed.cancel(stream.entry)
                     self._end(request_id, EngineFailed(stranded))
         for entry in self._admission.expired(self._clock()):
             self._end(entry.request_id, self._overloaded("the request has waited for too long for its turn"))
@@ -279,7 +240,7 @@ class Controller:
             await asyncio.sleep(TICK_SECONDS)
             self._control.tell(Tick())
             self._turn_away()
-            self._give_out()
+            self._feed.give_out()
 
     def _handle(self, life: Life, message: messages.Message) -> None:
         if not isinstance(message, messages.Outputs | messages.Stats):
@@ -318,7 +279,7 @@ class Controller:
         if item.finish_reason is not None:
             self._ledger.close(item.request_id)  # however long its client takes to read: nothing is left to compute
         if item.finish_reason is not None or (restarting and not entry.restarting):
-            self._give_out()  # the next one's turn
+            self._feed.give_out()  # the next one's turn
 
     def _end(self, request_id: int, error: Exception) -> None:
         self._ledger.close(request_id)
@@ -331,7 +292,7 @@ class Controller:
 
     def group_lost(self, group: int, reason: str) -> None:
         """See MeshListener."""
-        self._regrouping.discard(group)
+        self._feed.lose(group)
         lost = self._ledger.lose(group)
         if lost:
             logger.warning("%d requests of attention group %d begin again: %s", len(lost), group, reason)
@@ -343,7 +304,7 @@ class Controller:
         entries = self._ledger.keep(group) if lost else self._ledger.entries_of(group)
         logger.warning("attention group %d goes on with %d requests: %s", group, len(entries), reason)
         self._end_suspects(entries, reason)
-        self._regrouping.add(group)
+        self._feed.regroup(group)
 
     def _end_suspects(self, entries: Sequence[LedgerEntry], reason: str) -> None:
         """End those that may be the cause of what is being lost again and again."""
@@ -358,7 +319,7 @@ class Controller:
 
     def mesh_changed(self) -> None:
         """See MeshListener."""
-        self._give_out()
+        self._feed.give_out()
         self._notify()
 
     def fail(self, reason: str) -> None:
