@@ -19,6 +19,8 @@ SPIN_BEFORE_NAPS_SECONDS = 0.02
 NAP_SECONDS = 0.001
 LONG_NAP_SECONDS = 0.005
 LONG_NAP_AFTER = 1.0
+LONG_BELL_NAP_SECONDS = 0.02
+"""A bell wakes: this only bounds what a ring that was missed costs."""
 
 
 class Sleeper(Protocol):
@@ -48,6 +50,7 @@ class IdleWait:
         self._alone = alone
         self.crowded = crowded
         self._spin_seconds = SPIN_BEFORE_NAPS_SECONDS if bell is None else 0.0 if crowded else SPIN_SECONDS
+        self._long_nap = LONG_NAP_SECONDS if bell is None else LONG_BELL_NAP_SECONDS
         self._idle_since: float | None = None
         self._lying = False
 
@@ -67,7 +70,7 @@ class IdleWait:
         if self._idle_since is None:
             self._idle_since = now
         idle = now - self._idle_since
-        longest = min(longest, LONG_NAP_SECONDS if idle > LONG_NAP_AFTER else NAP_SECONDS)
+        longest = min(longest, self._long_nap if idle > LONG_NAP_AFTER else NAP_SECONDS)
         if arriving or idle < self._spin_seconds:
             os.sched_yield()
         elif self._bell is None:

@@ -55,6 +55,9 @@ from transport.control import Channel
 from transport.errors import Overloaded
 from transport.life import Life
 
+HEARD_SECONDS = 0.35
+"""A heart is answered about so often, however often it beats: five times in a lease."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -125,6 +128,7 @@ class MeshControl:
         self._events: deque[Event] = deque()
         self._placed: dict[Life, tuple[int, Mapping[int, tuple[int, ...]]]] = {}
         self._unstarted: list[Life] = []
+        self._answered: dict[int, tuple[Life, float]] = {}
         self._stopping = False
         self._respawns: asyncio.Queue[Life] = asyncio.Queue()
         self.membership = Membership(mesh, placement, settings)
@@ -145,7 +149,7 @@ class MeshControl:
         match message:
             case messages.Heartbeat(progress=progress, working=working):
                 self.tell(Heartbeat(life, progress, working))
-                self.send(life, messages.Heard(), "heart")
+                self._answer_heart(life)
             case messages.Started(pid=pid, host=host):
                 self._watch.watch(life, pid, host)
                 self.tell(ProcessBegan(life))
@@ -169,6 +173,12 @@ class MeshControl:
                 self.tell(kind(life, Life(peer, incarnation)))
             case _:
                 logger.warning("%s sent a %s, which only the frontend sends", life, type(message).__name__)
+
+    def _answer_heart(self, life: Life) -> None:
+        """Renew the life's lease, where that was not done just now."""
+        now, (answered, at) = self._clock(), self._answered.get(life.rank, (None, 0.0))
+        if (answered != life or now - at >= HEARD_SECONDS) and self.send(life, messages.Heard(), "heart"):
+            self._answered[life.rank] = (life, now)
 
     def tell(self, event: Event) -> None:
         """Something has happened: see to what is to be done about it.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import zmq
-import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
@@ -96,7 +95,10 @@ class ControlServer:
         for endpoint in endpoints:
             check_endpoint(endpoint, keys)
         self.malformed = 0
-        self._context = zmq.asyncio.Context()
+        # Not zmq.asyncio: its futures and timers cost several times what the messages do.
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Future[None] | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: AsyncioAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         _bound(self._socket)
@@ -107,6 +109,7 @@ class ControlServer:
             if keys is not None:
                 self._require_keys(keys)
             self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
+            self._loop.add_reader(self._socket.fileno(), self._look)
         except BaseException:
             self.close()
             raise
@@ -126,26 +129,42 @@ class ControlServer:
 
     def send(self, life: Life, message: Message, channel: Channel = "rank") -> None:
         """Queue a message for a rank. Raises Overloaded when it is not connected or its queue is full."""
-        # With DONTWAIT the message is queued or refused within the call; the future only carries the outcome.
-        parts = [_identity(life, channel), encode_message(message)]
-        outcome = asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.DONTWAIT))
-        error = outcome.exception()
-        if error is not None:
-            raise Overloaded(f"control message to {life} was not sent: {error}")
+        try:
+            self._socket.send_multipart((_identity(life, channel), encode_message(message)), flags=zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            raise Overloaded(f"control message to {life} was not sent: {error}") from None
+        finally:
+            self._look()
 
     async def receive(self) -> tuple[Life, Message]:
-        """The next message and who sent it. Malformed ones are counted in `malformed` and skipped."""
+        """The next message and who sent it; for one task. Malformed ones are counted in `malformed` and skipped."""
         while True:
-            parts = await self._socket.recv_multipart()
+            while not _has_message(self._socket):
+                await self._arrival()
             try:
-                return _read(parts)
+                return _read(self._socket.recv_multipart(flags=zmq.DONTWAIT))
             except ProtocolError:
                 self.malformed += 1
+
+    async def _arrival(self) -> None:
+        self._arrived = self._loop.create_future()
+        try:
+            await self._arrived
+        finally:
+            self._arrived = None
+
+    def _look(self) -> None:
+        """Wake the receiver if a message is there. The descriptor says only once that there may be news, and whoever
+        uses the socket then, be it to send, has taken that in: hence after every sending, too."""
+        there = _has_message(self._socket)
+        if there and self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     def close(self) -> None:
         """Close at once; what was not sent is lost."""
         if self._authenticator is not None:
             self._authenticator.stop()
+        self._loop.remove_reader(self._socket.fileno())
         self._socket.close(linger=0)
         self._context.term()
 
@@ -193,7 +212,7 @@ class ControlClient:
     def receive_all(self) -> list[Message]:
         """All messages that are there. Malformed ones are counted in `malformed` and skipped."""
         messages: list[Message] = []
-        while self._has_message():
+        while _has_message(self._socket):
             try:
                 messages.append(decode_message(self._socket.recv(flags=zmq.DONTWAIT)))
             except ProtocolError:
@@ -206,16 +225,12 @@ class ControlClient:
         # Not ZeroMQ's poll: that counts in milliseconds. Its descriptor only says that there may be something new.
         deadline = time.monotonic() + timeout_s
         files = [self._socket.fileno()] if also is None else [self._socket.fileno(), also]
-        while not self._has_message():
+        while not _has_message(self._socket):
             left = deadline - time.monotonic()
             readable, _, _ = select.select(files, (), (), max(0.0, left))
             if also in readable or left <= 0:
-                return self._has_message()
+                return _has_message(self._socket)
         return True
-
-    def _has_message(self) -> bool:
-        # Asked at every turn of a rank's loop: the exception of an empty socket would cost more than the rest of it.
-        return bool(int(self._socket.get(_EVENTS)) & _READABLE)
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close, after at most `linger_s` for what has not been sent; the rest is lost."""
@@ -233,7 +248,12 @@ class _OneClient:
         return key == self._key
 
 
-def _bound(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
+def _has_message(socket: "zmq.Socket[bytes]") -> bool:
+    # Asked at every turn of a rank's loop: the exception of an empty socket would cost more than the rest of it.
+    return bool(int(socket.get(_EVENTS)) & _READABLE)
+
+
+def _bound(socket: "zmq.Socket[bytes]") -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)

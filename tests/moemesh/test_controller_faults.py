@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from moemesh import mesh_control
 from moemesh.engine_client import EngineFailed, NotReady, Overloaded
 from moemesh.membership_records import ProcessEnded, Tick
 from tests.moemesh.test_controller import FakeRanks, collect, hello, ready, request, run, started, tokens
@@ -235,6 +237,20 @@ def test_hearts_are_answered_and_who_was_given_up_is_readmitted() -> None:
             await ranks.say(messages.Ready(rank=0, num_blocks=4), by=Life(0, 1))
             assert controller.mesh()["ranks"][0]["state"] == "up"
             assert controller.mesh()["ranks"][0]["incarnation"] == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize(("pause", "answers"), [(0.0, 3), (math.inf, 1)])
+def test_a_heart_that_beats_often_is_answered_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, pause: float, answers: int
+) -> None:
+    monkeypatch.setattr(mesh_control, "HEARD_SECONDS", pause)
+
+    async def check() -> None:
+        async with ready() as (_, ranks):
+            await ranks.say(*[messages.Heartbeat(progress=beat, working=True) for beat in range(3)])
+            assert ranks.sent.count((Life(0), messages.Heard())) == answers
 
     run(check())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moemesh.idle import NAP_SECONDS, SPIN_SECONDS, IdleWait
+from moemesh.idle import LONG_BELL_NAP_SECONDS, LONG_NAP_AFTER, NAP_SECONDS, SPIN_SECONDS, IdleWait
 from transport.doorbell import Doorbell
 
 
@@ -72,3 +72,13 @@ def test_with_a_core_for_everybody_it_looks_again_first(bell: Doorbell) -> None:
     for _ in range(2):
         idle.wait(0.5, arriving=False)
     assert control.slept == [(NAP_SECONDS, bell.fileno())]
+
+
+def test_whom_a_bell_wakes_sleeps_longer_once_it_has_been_idle(bell: Doorbell) -> None:
+    control = Sleeps()
+    time = [0.0]
+    idle = IdleWait(control, bell=bell, alone=False, crowded=True, clock=lambda: time[0])
+    idle.wait(0.5, arriving=False)
+    time[0] += 2 * LONG_NAP_AFTER
+    idle.wait(0.5, arriving=False)
+    assert control.slept == [(LONG_BELL_NAP_SECONDS, bell.fileno())]
