@@ -366,9 +366,14 @@ class Controller:
         """Whether the mesh goes on when its processes have been started again."""
         return self._failure is None and self._control.membership.may_restart
 
-    async def next_life(self, ended: Life) -> Life:
-        """The only rank's process has ended: the life to start another one as, when it is time."""
-        return await self._control.next_life(ended)
+    @property
+    def all_lost(self) -> bool:
+        """No rank's process is left."""
+        return self._control.membership.all_lost
+
+    async def next_start(self, ended: str) -> int:
+        """All processes have ended, like this: the incarnation to start all of them as, when it is time."""
+        return await self._control.next_start(ended)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds or the mesh has failed."""

@@ -4,6 +4,8 @@ membership; no I/O, no clock.
     dead --ended, not before retry_at--> respawned by a survivor --begins, says hello, meets the others--> up
       ^                                        |
       +------does not come in time-------------+      each time by another survivor; given up after most_attempts
+
+    all dead --their launcher has ended, not before one's retry_at--> all started again by the frontend
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ class Healing:
     def __init__(self, ranks: Sequence[RankRecord], settings: MembershipSettings) -> None:
         self._ranks = ranks
         self._settings = settings
+        self._launcher_ended = False
 
     @property
     def respawns(self) -> bool:
@@ -34,11 +37,13 @@ class Healing:
 
     def may_return(self) -> bool:
         """Some rank may yet become what is missing."""
+        if self.all_lost:
+            return self._settings.restarts and any(self.may_respawn(record) for record in self._ranks)
         if any(record.state == "joining" for record in self._ranks):
             return True
         if any(record.state == "dead" and not record.ended and record.killed_at is None for record in self._ranks):
             return True
-        hosts = {record.host for record in self._ranks if record.living or len(self._ranks) == 1}
+        hosts = {record.host for record in self._ranks if record.living}
         lost = (record for record in self._ranks if record.state == "dead" and record.host in hosts)
         return any(self.may_respawn(record) for record in lost)
 
@@ -82,21 +87,44 @@ class Healing:
 
     def begin_process(self, record: RankRecord, now: float) -> bool:
         """Begin the next life of a rank whose process has ended, if it is time, in a process that `record.spawner` is
-        to start: the frontend (None) where there is one rank, else a survivor on the same host that is not at it.
-        After a failure another one than before: it may have been the survivor's.
+        to start: a survivor on the same host that is not at it. After a failure another one than before: it may have
+        been the survivor's.
         """
         if not self.may_respawn(record) or now < record.retry_at:
             return False
-        spawner = None
-        if len(self._ranks) > 1:
-            busy = {other.spawner for other in self._ranks if other.state == "joining" and not other.said_hello}
-            there = [other for other in self._ranks if other.state == "up" and other.host == record.host]
-            free = [other.rank for other in there if other.rank not in busy]
-            if not free:
-                return False
-            spawner = free[record.attempts % len(free)]
-        record.begin_process(now, spawner=spawner)
+        busy = {other.spawner for other in self._ranks if other.state == "joining" and not other.said_hello}
+        there = [other for other in self._ranks if other.state == "up" and other.host == record.host]
+        free = [other.rank for other in there if other.rank not in busy]
+        if not free:
+            return False
+        record.begin_process(now, spawner=free[record.attempts % len(free)])
         return True
+
+    @property
+    def all_lost(self) -> bool:
+        """No process is left, and none is to come."""
+        return all(record.state == "dead" and record.ended for record in self._ranks)
+
+    def note_launcher_ended(self) -> None:
+        """Whoever started the ranks can start all of them again."""
+        self._launcher_ended = True
+
+    def begin_all(self, now: float) -> int | None:
+        """Begin the next life of all ranks, if none is left and it is time; its incarnation, the same for all."""
+        may_begin = self._launcher_ended and self.all_lost and any(self.may_respawn(record) for record in self._ranks)
+        if not may_begin or now < min(record.retry_at for record in self._ranks):
+            return None
+        self._launcher_ended = False
+        incarnation = 1 + max(record.incarnation for record in self._ranks)
+        for record in self._ranks:
+            record.begin_process(now, spawner=None, incarnation=incarnation)
+        return incarnation
+
+    @property
+    def beginning_all(self) -> bool:
+        """Some that were started with all others are not there yet: what is theirs is not to be taken over."""
+        new = (record for record in self._ranks if record.state == "joining" and record.born == record.incarnation)
+        return any(record.spawner is None for record in new)
 
     def given_up(self, record: RankRecord, now: float) -> str:
         """Why the new process of a joining rank is not waited for any longer; "" while it is. To be asked once: the
@@ -106,6 +134,7 @@ class Healing:
             return ""
         if spawner is not None and not self._ranks[spawner].living:
             record.attempts -= 1
+            record.failures = max(0, record.failures - 1)
             return f"rank {spawner}, which was to start it, is gone"
         if waiting > settings.hello_timeout:
             return f"the new process has not said hello for {waiting:.0f} s"

@@ -19,10 +19,11 @@ from moemesh.run_directory import RunDirectory, RunDirectoryError
 _WAKE_ON = (signal.SIGCHLD, signal.SIGTERM)
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _POLL_SECONDS = 0.2
+_HIGHEST_CODE = 127
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`PARENT_PID RUN_DIRECTORY COMMAND...`; returns COMMAND's exit code, 128 + n for signal n."""
+    """`PARENT_PID RUN_DIRECTORY COMMAND...`; returns COMMAND's exit code, at most 127, or 128 + n for signal n."""
     parent, run_directory, *command = arguments
     become_subreaper()
     # Blocked signals wait for sigtimedwait: no handler can interrupt anything between two lines.
@@ -83,11 +84,11 @@ def _remove(run_directory: str) -> None:
 
 
 def _exit_code(status: int | None) -> int:
-    """As shells have it: 128 + n for signal n."""
+    """As shells have it: 128 + n for signal n. An mpirun that ends with such a code speaks of a rank, not of itself."""
     if status is None:
         return 1
     code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    return 128 - code if code < 0 else min(code, _HIGHEST_CODE)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ _SIGNALS = {int(number) for number in signal.Signals}
 class RankProcesses(Protocol):
     """The rank processes of a mesh, as the frontend sees them, whoever started them."""
 
+    @property
+    def can_start(self) -> bool:
+        """`start` may be called once they have ended."""
+        ...
+
     def start(self, incarnation: int) -> None:
-        """Start the only rank again, as another life: the one before has ended."""
+        """Start all ranks again, each as this life: those before have ended."""
         ...
 
     def poll(self) -> str | None:
@@ -69,6 +74,14 @@ class RankLauncher:
         )
         self._keeper: subprocess.Popen[bytes] | None = None
         self._name = "the rank process"
+        self._launch: tuple[list[str], dict[str, str]] | None = None
+        self._stopping = False
+
+    @property
+    def can_start(self) -> bool:
+        """Whether `start` may be called again: not after an mpirun that somebody has killed."""
+        code = self._keeper.poll() if self._keeper is not None else None
+        return code is None or self._num_ranks == 1 or self._stopping or not ended_by_signal(code)
 
     def start(self, incarnation: int = 0) -> None:
         """Start the processes, again when they have ended; returns at once.
@@ -76,9 +89,14 @@ class RankLauncher:
         Raises LaunchError when mpirun is missing or does not run.
         """
         assert self._keeper is None or self._keeper.poll() is not None, "the processes have not ended"
-        command, environment = self._command()
+        if self._launch is None:
+            self._launch = self._command()
+        else:
+            self._run.empty()
+        command, environment = self._launch
         if incarnation:
-            command += ["--incarnation", str(incarnation)]
+            command = [*command, "--incarnation", str(incarnation)]
+        self._stopping = False
         try:
             self._keeper = subprocess.Popen(
                 module_command("moemesh.keeper", str(os.getpid()), str(self._run.path), *command),
@@ -113,6 +131,7 @@ class RankLauncher:
         if self._keeper is None:
             return
         if self._keeper.poll() is None:
+            self._stopping = True
             self._keeper.terminate()
             try:
                 self._keeper.wait(grace)
@@ -162,6 +181,11 @@ def package_environment() -> dict[str, str]:
         known = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = root if not known else os.pathsep.join([root, known])
     return environment
+
+
+def ended_by_signal(code: int) -> bool:
+    """The keeper's command, or the keeper, was ended by a signal: this is what its return code says."""
+    return code < 0 or code - 128 in _SIGNALS
 
 
 def describe_exit(code: int) -> str:

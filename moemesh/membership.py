@@ -37,11 +37,13 @@ from moemesh.membership_records import (
     ProcessSeen,
     PublishView,
     RankFailed,
+    RanksEnded,
     RankState,
     RankView,
     Readmit,
     ReadySeen,
     Respawn,
+    RestartRanks,
     SpawnFailed,
     Tick,
     TookOver,
@@ -109,8 +111,13 @@ class Membership:
 
     @property
     def may_restart(self) -> bool:
-        """The only rank can be started again, by the frontend."""
-        return self._started and self._healing.respawns and len(self._ranks) == 1
+        """When no rank is left, the frontend starts all of them again."""
+        return self._started and self._healing.respawns and self._settings.restarts
+
+    @property
+    def all_lost(self) -> bool:
+        """No process is left, and none is to come."""
+        return self._healing.all_lost
 
     def is_present(self, life: Life) -> bool:
         """The life is the rank's present one, dead or not."""
@@ -194,6 +201,10 @@ class Membership:
                 self._unfit(self._ranks[life.rank], generation, error, now)
             case SpawnFailed(life, error) if self.is_present(life):
                 self._end(self._ranks[life.rank], f"cannot respawn: {error}", now)
+            case RanksEnded(reason):
+                for record in self._ranks:
+                    self._end(record, reason, now)
+                self._healing.note_launcher_ended()
         return self._conclude(now)
 
     def _begun(self, record: RankRecord) -> None:
@@ -259,6 +270,10 @@ class Membership:
                 self._kill(verdict.record, now)
         for record in self._ranks:
             self._bring_back(record, now)
+        if (incarnation := self._healing.begin_all(now)) is not None:
+            for record in self._ranks:
+                self._move(record, "joining", "started again with all others", now)
+            self._out.append(RestartRanks(incarnation))
 
     def _suspect(self, record: RankRecord, now: float) -> None:
         if not record.living:
@@ -281,6 +296,7 @@ class Membership:
                 self._kill(record, now)
             record.ended = self._healing.out_of_sight(record, now)
         elif self._healing.begin_process(record, now):
+            assert record.spawner is not None
             self._move(record, "joining", "respawned", now)
             self._out.append(Respawn(record.life, record.spawner))
 
@@ -321,7 +337,7 @@ class Membership:
 
     def _conclude(self, now: float) -> list[Instruction]:
         """Experts and groups follow the ranks, the view follows all."""
-        if self._started:
+        if self._started and not self._healing.beginning_all:
             self._have_loaded(now)
         if self._changed or self._published != (self.placement.version, self.homes.orders):
             self._started = self._started or all(record.state == "up" for record in self._ranks)
@@ -367,7 +383,11 @@ class Membership:
             return
         lost = self._ranks[missing[0]] if nowhere else dead[0]
         what = "experts that no rank can load" if nowhere else "the last attention group"
-        self._fail(f"{lost.life}, with {what}: {lost.reason}")
+        none_left = self._healing.all_lost and self._healing.respawns and not self._settings.restarts
+        why_over = (
+            "; no rank is left, and those of a user's own mpirun cannot all be started again" if none_left else ""
+        )
+        self._fail(f"{lost.life}, with {what}: {lost.reason}{why_over}")
 
     def _fail(self, reason: str) -> None:
         self._failed = True

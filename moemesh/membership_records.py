@@ -165,6 +165,13 @@ class SpawnFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class RanksEnded:
+    """All processes have ended, and with them what started them. That can be started again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. To come every `TICK_SECONDS`: only here are deadlines looked at."""
 
@@ -182,6 +189,7 @@ Event = (
     | HostingSeen
     | UnfitSeen
     | SpawnFailed
+    | RanksEnded
     | Tick
 )
 
@@ -242,10 +250,17 @@ class Readmit:
 
 @dataclass(frozen=True, slots=True)
 class Respawn:
-    """Have a new process started as `life`, `by` a surviving rank; None: by the frontend itself."""
+    """Have a new process started as `life`, `by` a surviving rank."""
 
     life: Life
-    by: int | None
+    by: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRanks:
+    """Nobody is left: start the processes of all ranks again, each as `incarnation`."""
+
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +298,18 @@ class Note:
 
 
 Instruction = (
-    PublishView | RestartGroup | Regroup | Look | Kill | Readmit | Respawn | FailMesh | Transition | TookOver | Note
+    PublishView
+    | RestartGroup
+    | Regroup
+    | Look
+    | Kill
+    | Readmit
+    | Respawn
+    | RestartRanks
+    | FailMesh
+    | Transition
+    | TookOver
+    | Note
 )
 
 
@@ -310,13 +336,14 @@ class MembershipSettings:
     A lost process is replaced at once, with `backoff`, doubled each time up to `longest_backoff`, from the second
     death in a row on of which none came after `steady_after` of service. The new one must begin within
     `begin_timeout` and say hello within `hello_timeout`. After `most_attempts` in a row that never served it is given
-    up.
+    up. When no rank is left, all are started again where the frontend has started them: it then `restarts`.
 
     Without `fault_tolerance` nobody is suspected, and a lost process is the end of the mesh.
     """
 
     fault_tolerance: bool = True
     respawn: bool = True
+    restarts: bool = False
     stop_grace: float = 15.0
     suspect_after: float = 0.4
     silent_dead: float = 1.5

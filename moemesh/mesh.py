@@ -16,17 +16,18 @@ from moemesh.launcher import RankLauncher, RankProcesses
 from moemesh.membership_records import MembershipSettings
 from moemesh.mesh_plan import MeshPlan
 from moemesh.metrics import Metrics
+from moemesh.mpi_command import LaunchError
 from moemesh.options import EngineOptions, ServeOptions
 from moemesh.run_directory import RunDirectory
 from moemesh.trace_file import save_trace
 from transport.control import ControlServer
-from transport.life import Life
 
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.2
 STOP_GRACE_SECONDS = 1.0
+LINGER_SECONDS = 1.0
 QUEUED_TURNS = 4
 """Requests that may wait by default, as a multiple of those that are computed at a time."""
 
@@ -63,7 +64,7 @@ async def running_mesh(
         mesh=plan.mesh,
         placement=plan.placement,
         expert_bytes=plan.expert_bytes,
-        settings=_settings(options),
+        settings=_settings(options, ranks),
         limits=_limits(options, plan.mesh),
         metrics=metrics,
         frontend_pid=os.getpid(),
@@ -104,22 +105,42 @@ async def _supervised(controller: Controller) -> None:
 
 
 async def _watch(ranks: RankProcesses, controller: Controller) -> None:
-    """All rank processes have ended: a single one may be started again, and with it everything that is lost."""
-    life = Life(0)
+    """When no rank is left, all may be started again, and with them everything that is lost."""
     while True:
-        ended = await ranks.wait()
+        ended = await _end_of(ranks, controller)
         await asyncio.sleep(LAST_WORDS_SECONDS)  # a rank that failed has said why, on a socket still to be read
-        if not controller.may_restart:
+        if not (controller.may_restart and ranks.can_start):
             controller.fail(ended)
             return
-        life = await controller.next_life(life)
-        ranks.start(life.incarnation)
+        incarnation = await controller.next_start(ended)
+        try:
+            ranks.start(incarnation)
+        except (LaunchError, OSError) as error:
+            controller.fail(str(error))
+            return
 
 
-def _settings(options: EngineOptions) -> MembershipSettings:
+async def _end_of(ranks: RankProcesses, controller: Controller) -> str:
+    """How the processes ended. A launcher that stays without its ranks is told to end."""
+    waiting = asyncio.ensure_future(ranks.wait())
+    without_ranks = 0
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=LINGER_SECONDS)
+            without_ranks = without_ranks + 1 if controller.may_restart and controller.all_lost else 0
+            if without_ranks > 1 and not waiting.done():
+                logger.warning("all ranks are gone, and what started them stays: it is told to end")
+                await asyncio.to_thread(ranks.stop, STOP_GRACE_SECONDS)
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+def _settings(options: EngineOptions, ranks: RankProcesses) -> MembershipSettings:
     return MembershipSettings(
         fault_tolerance=options.fault_tolerance == "on",
         respawn=options.respawn == "on",
+        restarts=ranks.can_start,
         stop_grace=options.stop_grace,
     )
 

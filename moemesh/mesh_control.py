@@ -37,11 +37,13 @@ from moemesh.membership_records import (
     ProcessSeen,
     PublishView,
     RankFailed,
+    RanksEnded,
     Readmit,
     ReadySeen,
     Regroup,
     Respawn,
     RestartGroup,
+    RestartRanks,
     SpawnFailed,
     TookOver,
     Transition,
@@ -130,7 +132,7 @@ class MeshControl:
         self._unstarted: list[Life] = []
         self._answered: dict[int, tuple[Life, float]] = {}
         self._stopping = False
-        self._respawns: asyncio.Queue[Life] = asyncio.Queue()
+        self._restarts: asyncio.Queue[int] = asyncio.Queue(1)
         self.membership = Membership(mesh, placement, settings)
         self.view = MeshView(mesh, self.membership, expert_bytes=expert_bytes, frontend_pid=frontend_pid)
 
@@ -214,10 +216,10 @@ class MeshControl:
         for rank in self.view.known_ranks():
             self.send(self.membership.present(rank), messages.Stop())
 
-    async def next_life(self, ended: Life) -> Life:
-        """The life to begin after that one, whose process was the frontend's own: when membership says so."""
-        self.tell(ProcessEnded(ended))
-        return await self._respawns.get()
+    async def next_start(self, ended: str) -> int:
+        """All processes have ended, like this: the incarnation to start all of them as, when membership says so."""
+        self.tell(RanksEnded(ended))
+        return await self._restarts.get()
 
     def _hello(self, life: Life, hello: messages.Hello) -> None:
         """Give a rank the plan it loads by, unless its arithmetic differs from the others'. If that is not settled yet,
@@ -269,6 +271,10 @@ class MeshControl:
             case Respawn(life, by):
                 self._metrics.respawns.labels(str(life.rank)).inc()
                 self._respawn(life, by)
+            case RestartRanks(incarnation):
+                for rank in range(self._mesh.num_ranks):
+                    self._metrics.respawns.labels(str(rank)).inc()
+                self._restarts.put_nowait(incarnation)
             case TookOver():
                 self._note_take_over(instruction)
             case FailMesh(reason):
@@ -276,10 +282,7 @@ class MeshControl:
             case Note(text):
                 logger.warning("%s", text)
 
-    def _respawn(self, life: Life, by: int | None) -> None:
-        if by is None:
-            self._respawns.put_nowait(life)
-            return
+    def _respawn(self, life: Life, by: int) -> None:
         local_rank, ranks_on_host = self.view.place_on_host(life.rank)
         order = messages.Respawn(life.rank, life.incarnation, local_rank, ranks_on_host)
         if not self.send(self.membership.present(by), order):

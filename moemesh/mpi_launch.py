@@ -221,8 +221,13 @@ class AttachedRanks:
         self._run = run_directory
         self._starter = starter
 
+    @property
+    def can_start(self) -> bool:
+        """They are not ours to start."""
+        return False
+
     def start(self, incarnation: int) -> None:
-        """Not ours to start: there are several, or we would not be under mpirun."""
+        """See `can_start`."""
         raise AssertionError("the ranks of a user's own mpirun end with it")
 
     def poll(self) -> str | None:

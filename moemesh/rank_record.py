@@ -66,9 +66,11 @@ class RankRecord:
         self.progress = 0
         self.forgive(now)
 
-    def begin_process(self, now: float, *, spawner: int | None) -> None:
-        """A new incarnation, in a process that `spawner` is to start (None: the frontend)."""
+    def begin_process(self, now: float, *, spawner: int | None, incarnation: int | None = None) -> None:
+        """A new incarnation, in a process that `spawner` is to start (None: the frontend). By default the next one."""
         self.begin_life(now)
+        if incarnation is not None:
+            self.incarnation = incarnation
         self.born = self.incarnation
         self.began = self.said_hello = False
         self.spawner = spawner

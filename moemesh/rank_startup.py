@@ -152,7 +152,7 @@ def _serve(
         trace=trace,
     )
     engine.hear(earlier)
-    if place.parent is None:
+    if link.incarnation == 0:
         engine.announce()
     # All that is there now stays: the collector need never look at it again.
     gc.freeze()
@@ -253,7 +253,7 @@ def _connect(
     neighbours = Neighbours(
         place.rank,
         born=place.incarnation,
-        met=dict.fromkeys(peers, 0) if comm is not None else {},
+        met=dict.fromkeys(peers, place.incarnation) if comm is not None else {},
         meetings=meetings,
         command=lambda order: place.newcomer_command(
             Life(order.rank, order.incarnation), local_rank=order.local_rank, ranks_on_host=order.ranks_on_host

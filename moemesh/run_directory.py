@@ -199,6 +199,12 @@ class RunDirectory:
         entry = {"folder": str(folder), "unless_alive": None if unless_alive is None else str(unless_alive)}
         _append_line(self.path / "companions", json.dumps(entry))
 
+    def empty(self) -> None:
+        """Remove what the run's processes have left in their folders; all of them have ended."""
+        for folder in (self.temporary, self.shared_memory):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def remove(self) -> None:
         """Remove the run's folders. Idempotent; several processes may do it at once; never raises."""
         for folder, unless_alive in self._companions():

@@ -52,19 +52,20 @@ class MpiLink(WindowedLink):
         bell: Doorbell | None = None,
         trace: Trace | None = None,
     ) -> None:
-        """`comm`: that of the ranks that were started together. A newcomer has none; `meetings` say who it is."""
-        peers: dict[int, int] | None = None
+        """`comm`: that of the ranks that were started together. A newcomer has none; `meetings` say who it is, and as
+        which life all began. In a later one than the first nobody is talked with before being admitted."""
+        incarnation = 0 if meetings is None else meetings.incarnation
         if comm is not None:
-            rank, num_ranks, incarnation = comm.Get_rank(), comm.Get_size(), 0
+            rank, num_ranks = comm.Get_rank(), comm.Get_size()
         elif meetings is not None:
-            rank, num_ranks, incarnation, peers = meetings.rank, meetings.num_ranks, meetings.incarnation, {}
+            rank, num_ranks = meetings.rank, meetings.num_ranks
         else:
             raise ValueError("a link needs a communicator or, for a newcomer, meetings")
         super().__init__(
             rank,
             num_ranks,
             incarnation=incarnation,
-            peers=peers,
+            peers={} if incarnation or comm is None else None,
             credit_window=credit_window,
             max_queued=max_queued,
             trace=trace,

@@ -178,6 +178,31 @@ def test_the_only_rank_is_killed() -> None:
         assert mesh.get("/health").body["degraded"] is False
 
 
+def test_all_ranks_are_killed_at_once() -> None:
+    """Nobody is left to start anybody: the frontend starts all of them again, and again."""
+    with running_server(*SPLIT, *SMALL_CACHE) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        (segments,) = mesh.segments
+        num_segments = len(list(segments.iterdir()))
+
+        def kill_all() -> None:
+            for process in [process_of(mesh, rank) for rank in range(4)]:
+                process.kill()
+
+        for life in (1, 2):
+            before = [rank_of(mesh, rank)["incarnation"] for rank in range(4)]
+            assert answers_with(mesh, REQUESTS, when_they_run=kill_all) == expected
+            await_whole(mesh)
+            lives = [rank_of(mesh, rank)["incarnation"] for rank in range(4)]
+            assert len(set(lives)) == 1, f"start {life}: they began together"
+            assert lives > before
+            assert len(list(segments.iterdir())) == num_segments
+        # One of them alone is replaced by the others, as ever.
+        assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, 0).kill) == expected
+        await_whole(mesh)
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+
+
 def test_without_respawn_the_only_rank_is_the_mesh() -> None:
     with serving("--respawn", "off", *SMALL_CACHE) as mesh:
         process_of(mesh, 0).kill()

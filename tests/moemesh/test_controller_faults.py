@@ -194,12 +194,12 @@ def test_the_last_groups_requests_end_with_it() -> None:
 
 def test_the_only_rank_begins_another_life_and_its_requests_with_it() -> None:
     async def check() -> None:
-        async with ready(1, host=socket.gethostname(), pid=os.getpid()) as (controller, ranks):
+        async with ready(1, host=socket.gethostname(), pid=os.getpid(), restarts=True) as (controller, ranks):
             asked = await started(collect(controller, request(max_tokens=3)))
             waiting = await started(collect(controller, request(max_tokens=1)))
             await ranks.say(tokens(1, 2, 20))
             assert controller.may_restart
-            assert await controller.next_life(Life(0)) == Life(0, 1)
+            assert await controller.next_start("the rank process was ended by SIGKILL") == 1
             assert not controller.status().ready
             assert "cannot serve: rank 0 is joining" in controller.status().detail
             await ranks.say(tokens(1, 3, 77), by=Life(0))

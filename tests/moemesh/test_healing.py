@@ -6,14 +6,17 @@ from moemesh.membership_records import (
     TICK_SECONDS,
     FailMesh,
     HelloSeen,
+    HostingSeen,
     Kill,
     ProcessBegan,
     ProcessEnded,
     PublishView,
+    RanksEnded,
     Readmit,
     ReadySeen,
     Respawn,
     RestartGroup,
+    RestartRanks,
     SpawnFailed,
 )
 from tests.moemesh.membership_world import Mesh, of
@@ -97,7 +100,7 @@ def test_a_spawn_is_given_up_with_its_spawner_or_after_long_silence() -> None:
     mesh.wait(TICK_SECONDS)
     assert "rank 1, which was to start it, is gone" in mesh.membership.view.ranks[0].reason
     assert of(Respawn, mesh.wait(2.0))[0].by == 3, "rank 2 is busy with rank 1"
-    mesh.wait(6.0)
+    mesh.wait(3.5)
     assert mesh.membership.view.ranks[0].state == "dead"
     assert "has not said hello" in mesh.membership.view.ranks[0].reason
 
@@ -118,7 +121,8 @@ def test_with_respawn_there_is_hope_while_anybody_lives() -> None:
     mesh = Mesh().start()
     for rank in (3, 2, 1):
         assert not of(FailMesh, mesh.tell(ProcessEnded(Life(rank))))
-    assert of(FailMesh, mesh.tell(ProcessEnded(Life(0))))
+    (failed,) = of(FailMesh, mesh.tell(ProcessEnded(Life(0))))
+    assert "no rank is left, and those of a user's own mpirun cannot all be started again" in failed.reason
 
 
 def test_a_fenced_rank_may_come_back_so_there_is_hope() -> None:
@@ -132,12 +136,58 @@ def test_a_fenced_rank_may_come_back_so_there_is_hope() -> None:
 
 
 def test_the_only_rank_is_restarted_by_the_frontend() -> None:
-    mesh = Mesh(1, attention_ranks=None).start()
+    mesh = Mesh(1, attention_ranks=None, restarts=True).start()
     out = mesh.tell(ProcessEnded(Life(0)))
     assert of(RestartGroup, out)[0].group == 0
-    assert of(Respawn, mesh.wait(TICK_SECONDS)) == [Respawn(Life(0, 1), None)]
+    assert not of(RestartRanks, mesh.wait(1.0)), "its launcher has not ended"
+    assert of(RestartRanks, mesh.wait(TICK_SECONDS, RanksEnded("over"))) == [RestartRanks(1)]
     mesh.tell(ReadySeen(Life(0, 1)))
     assert mesh.membership.serving_groups() == (0,)
+
+
+def test_when_no_rank_is_left_all_are_restarted_as_one_life() -> None:
+    mesh = Mesh(restarts=True).start()
+    home = mesh.membership.placement
+    mesh.silent = {0, 1, 2, 3}
+    mesh.tell(ProcessEnded(Life(3)))
+    mesh.wait(TICK_SECONDS)
+    assert mesh.states() == ["up", "up", "up", "joining"]
+    assert not of(FailMesh, mesh.tell(*(ProcessEnded(Life(rank)) for rank in range(3)), RanksEnded("over")))
+    out = mesh.wait(TICK_SECONDS)
+    assert of(RestartRanks, out) == [RestartRanks(2)]
+    assert not of(Respawn, out)
+    for life in [Life(rank, 2) for rank in range(4)]:
+        mesh.tell(HelloSeen(life), HostingSeen(life, home.experts_of(life.rank)), ReadySeen(life))
+        assert not mesh.membership.homes.orders, "what is the others' is not taken over"
+    assert mesh.states() == ["up"] * 4
+    assert not mesh.membership.missing_experts()
+    assert mesh.membership.serving_groups() == (0, 1)
+
+
+def test_one_that_does_not_come_with_all_others_is_respawned() -> None:
+    mesh = Mesh(restarts=True, hello_timeout=5.0).start()
+    mesh.tell(RanksEnded("over"))
+    mesh.wait(TICK_SECONDS)
+    for rank in (0, 1, 2):
+        mesh.tell(ProcessBegan(Life(rank, 1)), HelloSeen(Life(rank, 1)), ReadySeen(Life(rank, 1)))
+    mesh.tell(ProcessBegan(Life(3, 1)))
+    out = mesh.wait(7.0)
+    assert of(Kill, out) == [Kill(Life(3, 1))]
+    assert of(Respawn, out) == [Respawn(Life(3, 2), 1)]
+
+
+def test_a_mesh_that_never_starts_again_is_given_up() -> None:
+    mesh = Mesh(restarts=True, most_attempts=3).start()
+    mesh.silent = {0, 1, 2, 3}
+    out = mesh.wait(20.0, RanksEnded("mpirun ended with exit code 1"))
+    assert of(RestartRanks, out) == [RestartRanks(1), RestartRanks(2), RestartRanks(3)]
+    (failed,) = of(FailMesh, out)
+    assert "mpirun ended with exit code 1 (given up after 3 attempts)" in failed.reason
+
+
+def test_without_respawn_the_end_of_all_is_the_end() -> None:
+    mesh = Mesh(restarts=True, respawn=False).start()
+    assert of(FailMesh, mesh.tell(*(ProcessEnded(Life(rank)) for rank in range(4))))
 
 
 def spawned(mesh: Mesh, life: Life) -> Mesh:

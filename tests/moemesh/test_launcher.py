@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moemesh.launcher import RankLauncher, describe_exit, module_command
-from moemesh.mpi_command import LaunchError, describe_mpirun, find_mpirun
+from moemesh.mpi_command import LaunchError, MpiRun, describe_mpirun, find_mpirun
 from moemesh.options import EngineOptions
 from moemesh.run_directory import RunDirectory
 from tests.moemesh.processes_under_test import RunningMesh, eventually, mpirun, running_mesh, script
@@ -146,6 +146,43 @@ def test_exit_code_and_stop_before_start(run_directory: RunDirectory) -> None:
     launcher.stop(1.0)
     launcher.start()
     assert asyncio.run(launcher.wait()) == "the rank process ended with exit code 3"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "end", "can_start"),
+    [
+        (1, "os.kill(os.getpid(), signal.SIGKILL)", True),
+        (2, "os.kill(os.getpid(), signal.SIGKILL)", False),
+        (2, "sys.exit(137)", True),
+    ],
+)
+def test_ranks_can_be_started_again_but_not_after_an_mpirun_that_was_killed(
+    run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, num_ranks: int, end: str, can_start: bool
+) -> None:
+    """An mpirun that ends by itself with 128 + 9 says so of one of its ranks."""
+    program = run_directory.path / "mpirun"
+    program.write_text(f"#!{sys.executable}\nimport os, signal, sys\nopen(sys.argv[-1], 'a').write('.')\n{end}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("moemesh.launcher.find_mpirun", lambda: MpiRun(path=program, open_mpi=None, ulfm=True))
+    count = run_directory.path / "count"
+    command = [str(program), str(count)] if num_ranks == 1 else [str(count)]
+    launcher = RankLauncher(EngineOptions(ranks=num_ranks), run_directory, rank_command=command)
+    launcher.start()
+    (run_directory.temporary / "session").mkdir()
+    asyncio.run(launcher.wait())
+    assert launcher.can_start == can_start
+    launcher.start()
+    asyncio.run(launcher.wait())
+    assert count.read_text() == ".."
+    assert not any(run_directory.temporary.iterdir())
+
+
+def test_ranks_that_were_told_to_end_can_be_started_again(run_directory: RunDirectory) -> None:
+    launcher = launcher_of(run_directory, "import signal; signal.pause()")
+    launcher.start()
+    assert launcher.can_start
+    launcher.stop(5.0)
+    assert launcher.can_start
 
 
 def test_exits_are_described() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mesh_config import MeshConfig, even_placement
 from moemesh.membership import Membership
@@ -25,11 +25,13 @@ from moemesh.membership_records import (
     ProcessSeen,
     PublishView,
     RankFailed,
+    RanksEnded,
     Readmit,
     ReadySeen,
     Regroup,
     Respawn,
     RestartGroup,
+    RestartRanks,
     SpawnFailed,
     Tick,
     Transition,
@@ -47,13 +49,16 @@ class Story(RuleBasedStateMachine):
     @initialize(
         tp=st.sampled_from([1, 2, 4]),
         respawn=st.booleans(),
+        restarts=st.booleans(),
         grace=st.sampled_from([0.0, 1.0, 15.0]),
         ready=st.booleans(),
     )
-    def begin(self, tp: int, respawn: bool, grace: float, ready: bool) -> None:
+    def begin(self, tp: int, respawn: bool, restarts: bool, grace: float, ready: bool) -> None:
         mesh = MeshConfig(num_ranks=RANKS, attention_ranks=4, attention_tp=tp, max_model_len=64)
         placement = even_placement(4, (1,), mesh.expert_ranks, RANKS)
-        self.membership = Membership(mesh, placement, MembershipSettings(respawn=respawn, stop_grace=grace))
+        settings = MembershipSettings(respawn=respawn, restarts=restarts, stop_grace=grace)
+        self.membership = Membership(mesh, placement, settings)
+        self.restarts = restarts
         self.now = 0.0
         self.epoch = 0
         self.placement_version = 0
@@ -68,7 +73,8 @@ class Story(RuleBasedStateMachine):
                 self.tell(ReadySeen(Life(rank)))
 
     def tell(self, event: Event) -> list[Instruction]:
-        stale = not isinstance(event, Tick) and not all(map(self.membership.is_present, _lives_of(event)))
+        lives = _lives_of(event)
+        stale = bool(lives) and not all(map(self.membership.is_present, lives))
         before = self.membership.view
         out = self.membership.handle(event, self.now)
         if stale:
@@ -88,8 +94,11 @@ class Story(RuleBasedStateMachine):
                     self.epoch = view.epoch
                 case Respawn(life, by):
                     self.check_new(life)
-                    assert by is not None
                     assert by != life.rank
+                case RestartRanks(incarnation):
+                    assert self.restarts
+                    for rank in range(RANKS):
+                        self.check_new(Life(rank, incarnation))
                 case Readmit(life, incarnation):
                     assert life in self.over
                     self.check_new(Life(life.rank, incarnation))
@@ -157,6 +166,11 @@ class Story(RuleBasedStateMachine):
         out = self.tell(kind(accuser, self.life(peer, other)))
         assert believed or not out
 
+    @precondition(lambda self: self.restarts)
+    @rule()
+    def all_end(self) -> None:
+        self.tell(RanksEnded("all have ended"))
+
     @rule(ticks=st.integers(1, 60), silent=st.sets(ranks))
     def time_passes(self, ticks: int, silent: set[int]) -> None:
         for _ in range(ticks):
@@ -209,7 +223,7 @@ class Story(RuleBasedStateMachine):
 
 
 def _lives_of(event: Event) -> list[Life]:
-    if isinstance(event, Tick):
+    if isinstance(event, Tick | RanksEnded):
         return []
     return [event.reporter, event.peer] if isinstance(event, PeerLate | PeerLost) else [event.life]
 
