@@ -1,6 +1,7 @@
 """The attention groups: who computes together, and with which cache. Part of membership; no I/O, no clock.
 
     whole --a member is lost--> fewer, same cache --a rank has come--> more, same cache
+      any of these --a frame between members is lost--> the same, same cache
       any of these --the last member is lost, or one cannot go on so--> nobody --all are there that may come--> whole
 
 Each change is a new generation.
@@ -64,6 +65,10 @@ class AttentionGroups:
         generation = self._views[group].generation + 1
         self._views[group] = GroupView(generation=generation, members=(), since=generation)
         return RestartGroup(group, reason)
+
+    def run_again(self, group: int, reason: str) -> Regroup:
+        """The same members run the step under way again."""
+        return self._regroup(group, self._views[group].members, reason, lost=False)
 
     def _regroup(self, group: int, members: tuple[int, ...], reason: str, *, lost: bool) -> Regroup:
         view = self._views[group]

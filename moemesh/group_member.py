@@ -4,7 +4,6 @@ The leader owns the group's scheduler; every member, the leader included, builds
 One step of a group is under way at a time; its micro-batches run side by side.
 """
 
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -25,10 +24,11 @@ from moemesh.regrouping import Regrouping
 from moemesh.scheduler import Scheduler
 from moemesh.sequence import Sequence, SequenceOutput
 from moemesh.step_plan import PlanMirror, StepPlan
-from transport.collectives import Wait
+from transport.collectives import Wait, awaited
 from transport.frame import Frame, Header, Kind
 from transport.links import Link
 from transport.mailbox import Mailbox, MailKey
+from transport.messages import GroupPulse
 from transport.shards import row_split
 from transport.tasks import Steps, Task, together
 from transport.trace import Trace, now
@@ -83,7 +83,7 @@ class GroupMember:
         self._clock = clock
         self._trace = trace
         self._mirror = PlanMirror()
-        self._plans: deque[StepPlan] = deque()
+        self._plans: dict[int, StepPlan] = {}  # by step: links may reorder them
         self._engaged: Engaged | None = None
         self._problem: str | None = None
         self._submitted = _Submitted(over=not goes_on)
@@ -93,6 +93,7 @@ class GroupMember:
         self._task: Task[None] | None = Task(self._join(engage, goes_on=goes_on)) if members else None
         self._outputs: list[SequenceOutput] = []
         self._waited = 0.0
+        self._num_moves = 0
         self.num_steps = 0
         self.num_tokens = 0
 
@@ -121,8 +122,9 @@ class GroupMember:
         self._submitted.over = True
 
     def receive_plan(self, frame: Frame) -> None:
-        """Queue the leader's next plan."""
-        self._plans.append(StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes())))
+        """Keep a plan of the leader's until its turn has come."""
+        plan = StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes()))
+        self._plans[plan.step] = plan
 
     def take_outputs(self) -> list[SequenceOutput]:
         """What the leader's sequences have given since the last call."""
@@ -145,9 +147,24 @@ class GroupMember:
             return False
         assert self._task is not None
         advanced = self._task.advance()
+        self._num_moves += advanced
         if self._task.done:
             self._task = None
         return advanced
+
+    def pulse(self) -> GroupPulse | None:
+        """How far this member has got, and whom it waits for; None where it has no peers."""
+        if len(self._members) < 2:
+            return None
+        return GroupPulse(self.generation, self.num_steps, self._num_moves, sorted(self._awaited()))
+
+    def _awaited(self) -> frozenset[int]:
+        """Members without whose frames nothing can be done here."""
+        if self._task is not None:
+            return awaited(self._task.wait)
+        if self.scheduler is not None or self._engaged is None or self.num_steps in self._plans:
+            return frozenset()
+        return frozenset(self._members[:1])
 
     def leave(self) -> KeptCache | None:
         """The generation is over, and with it the step under way; what is known of the cache, for the next one."""
@@ -179,8 +196,8 @@ class GroupMember:
             if parts != plan.micro_batches:
                 plan = replace(plan, micro_batches=parts)
             self._broadcast(plan)
-        elif self._plans:
-            plan = self._plans.popleft()
+        elif self.num_steps in self._plans:
+            plan = self._plans.pop(self.num_steps)
         else:
             return False
         self._task = Task(self._step(plan))
@@ -211,11 +228,31 @@ class GroupMember:
                 yield from self._finish_as_leader(self.scheduler, plan, batches, results)
                 seconds = self._clock() - started
                 self._overlap.note(plan.num_tokens, len(parts), seconds=seconds, waited=self._waited)
+        else:
+            yield from self._confirm(plan)
         self._mailbox.discard(self.generation, plan.step + 1)
         self.num_steps += 1
         self.num_tokens += plan.num_tokens
         if self._trace is not None:
             self._trace.span("step", began, step=plan.step, sequences=len(plan.items))
+
+    def _confirm(self, plan: StepPlan) -> Steps[None]:
+        """The leader hears that everybody has followed a plan that gives no results, or nobody would miss it."""
+        if self.scheduler is None:
+            self._hand_in(plan.step, 0, RowResults())
+            return
+        keys = [self._samples_key(plan.step, 0, member) for member in self._members[1:]]
+        if keys:
+            yield Wait(self._mailbox, tuple(keys))
+        for key in keys:
+            self._mailbox.take(key)
+
+    def _hand_in(self, step: int, micro_batch: int, results: RowResults) -> None:
+        header = Header(Kind.SAMPLES, self._link.rank, generation=self.generation, step=step, micro_batch=micro_batch)
+        self._link.post(self._members[0], Frame(header, (results.to_tensor(),)))
+
+    def _samples_key(self, step: int, micro_batch: int, member: int) -> MailKey:
+        return MailKey(Kind.SAMPLES, self.generation, step, 0, micro_batch, 0, member)
 
     def _run(self, step: int, batch: MicroBatch) -> Steps[RowResults]:
         """One micro-batch; the results of the rows this member owns, sent to the leader if that is another rank."""
@@ -229,12 +266,8 @@ class GroupMember:
         if lap:
             lap("layers")
         results = self._head.evaluate(x_OH, head_calls)
-        leader = self._members[0]
-        if owned and leader != self._link.rank:
-            header = Header(
-                Kind.SAMPLES, self._link.rank, generation=self.generation, step=step, micro_batch=batch.index
-            )
-            self._link.post(leader, Frame(header, (results.to_tensor(),)))
+        if owned and self.scheduler is None:
+            self._hand_in(step, batch.index, results)
         if lap:
             lap("head and sampling")
         return results
@@ -261,7 +294,7 @@ class GroupMember:
             return []
         split = row_split(batch.attention.num_rows, len(self._members))
         return [
-            MailKey(Kind.SAMPLES, self.generation, step, 0, batch.index, 0, member)
+            self._samples_key(step, batch.index, member)
             for member, (start, stop) in zip(self._members[1:], split[1:], strict=True)
             if any(start <= row.row < stop for row in batch.logits_rows)
         ]

@@ -20,7 +20,7 @@ from moemesh.membership_records import BEAT_SECONDS
 from transport.control import ControlClient
 from transport.errors import Overloaded
 from transport.life import Life
-from transport.messages import Heard, Heartbeat, Message, Stop
+from transport.messages import GroupPulse, Heard, Heartbeat, Message, Stop
 
 LEASE_SECONDS = 2.0
 
@@ -31,6 +31,7 @@ class Pulse:
 
     progress: int = 0
     working: bool = False
+    group: GroupPulse | None = None
 
 
 class HeartPort(Protocol):
@@ -125,7 +126,7 @@ class Heart:
         if control.life != self._life:
             control.begin_life(self._life)
         with contextlib.suppress(Overloaded):  # a frontend that takes nothing does not answer either
-            control.send(Heartbeat(progress=self.pulse.progress, working=self.pulse.working))
+            control.send(Heartbeat(self.pulse.progress, self.pulse.working, self.pulse.group))
 
     def listen(self, control: HeartPort) -> None:
         """Take in the answers; end the process where they, or their absence, say so."""

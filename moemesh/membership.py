@@ -52,6 +52,7 @@ from moemesh.membership_records import (
     View,
 )
 from moemesh.rank_record import RankRecord
+from moemesh.standstill import Standstill
 from transport.life import Life
 
 _LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
@@ -81,6 +82,7 @@ class Membership:
         self._healing = Healing(self._ranks, settings)
         self._detection = Detection(mesh, self._ranks, settings)
         self._groups = AttentionGroups(mesh, self._ranks, comes_back=self._healing.respawns)
+        self._standstill = Standstill(len(mesh.groups))
         self._epoch = 0
         self._started = False
         self._failed = False
@@ -176,8 +178,9 @@ class Membership:
         match event:
             case Tick():
                 self._tick(now)
-            case Heartbeat(life, progress, working) if self.is_present(life):
+            case Heartbeat(life, progress, working, group) if self.is_present(life):
                 self._beat(self._ranks[life.rank], progress, working, now)
+                self._standstill.beat(life.rank, progress, group, now)
             case ProcessBegan(life) if self.is_present(life):
                 self._begun(self._ranks[life.rank])
             case HelloSeen(life, host) if self.is_present(life):
@@ -259,6 +262,7 @@ class Membership:
     def _tick(self, now: float) -> None:
         if late_by := self._detection.excuse_itself(now):
             self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
+            self._standstill.forget()
         for record in self._ranks:
             record.forget_late(now, self._settings.late_memory)
             self._suspect(record, now)
@@ -268,6 +272,7 @@ class Membership:
             self._die(verdict.record, verdict.reason, now)
             if verdict.alive:
                 self._kill(verdict.record, now)
+        self._restart_steps(now)
         for record in self._ranks:
             self._bring_back(record, now)
         if (incarnation := self._healing.begin_all(now)) is not None:
@@ -283,6 +288,17 @@ class Membership:
             self._move(record, "suspect", reason, now)
         elif not reason and record.state == "suspect":
             self._move(record, "up", "", now)
+
+    def _restart_steps(self, now: float) -> None:
+        """Groups whose members wait for each other run their step again; where that helps none of them, without the one
+        that the others wait for."""
+        for group, reason, broken in self._standstill.found(self._groups.views):
+            if broken is None:
+                self._out.append(self._groups.run_again(group, reason))
+                self._changed = True
+            elif self._ranks[broken].living:
+                self._die(self._ranks[broken], f"its group cannot work with it: {reason}", now)
+                self._kill(self._ranks[broken], now)
 
     def _bring_back(self, record: RankRecord, now: float) -> None:
         """Kill a fenced rank whose grace is over; begin the next life of one that has ended."""

@@ -10,6 +10,7 @@ from typing import Literal
 from mesh_config.placement import Placement
 from moemesh.expert_homes import Orders
 from transport.life import Life
+from transport.messages import GroupPulse
 
 RankState = Literal["loading", "up", "suspect", "dead", "joining"]
 """`suspect` ranks are members still, asked as before and hedged; `dead` ones are fenced: nothing of them counts."""
@@ -36,8 +37,9 @@ class RankView:
 class GroupView:
     """An attention group: `members`, the leader first, or () while it computes nothing.
 
-    `generation` grows exactly when the members, or the life of one of them, change. `since`: the generation that began
-    with an empty cache; members that were there all the time come first and have what was cached since.
+    `generation` grows when the members, or the life of one of them, change, or when the step under way is to be run
+    again. `since`: the generation that began with an empty cache; members that were there all the time come first and
+    have what was cached since.
     """
 
     generation: int
@@ -90,11 +92,13 @@ class ReadySeen:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A rank's heart beats. `progress` counts what its engine has done; `working`: it has something to do."""
+    """A rank's heart beats. `progress` counts what its engine has done; `working`: it has something to do. `group`: how
+    far it has got in its attention group."""
 
     life: Life
     progress: int
     working: bool
+    group: GroupPulse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +220,9 @@ class RestartGroup:
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """The group goes on with other members, and its sequences with what is cached of them.
+    """The group goes on with other members or runs its step again, and its sequences with what is cached of them.
 
-    `lost`: a member was lost while it computed them; otherwise one has come.
+    `lost`: a member was lost while it computed them; otherwise one has come, or a frame was lost.
     """
 
     group: int

@@ -149,8 +149,8 @@ class MeshControl:
                 self._watch.kill(life)
             return
         match message:
-            case messages.Heartbeat(progress=progress, working=working):
-                self.tell(Heartbeat(life, progress, working))
+            case messages.Heartbeat(progress=progress, working=working, group=group):
+                self.tell(Heartbeat(life, progress, working, group))
                 self._answer_heart(life)
             case messages.Started(pid=pid, host=host):
                 self._watch.watch(life, pid, host)

@@ -33,6 +33,7 @@ from transport.links import Link
 from transport.mailbox import Mailbox
 
 STATS_SECONDS = 0.5
+PULSE_SECONDS = 0.05
 _MEMBERS = LIVING | {"loading"}
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class RankEngine:
         self._past: Counter[str] = Counter()
         self.stopping = False
         self._next_stats = 0.0
+        self._next_pulse = 0.0
         self._busy_seconds = 0.0
         self._num_malformed = 0
         self._reported: dict[str, float] = {}
@@ -154,7 +156,14 @@ class RankEngine:
                 self._member.waited(self._clock() - began)
         now = self._clock()
         self._link.tick(now)
+        self._show_pulse(now)
         self._send_stats(now)
+
+    def _show_pulse(self, now: float) -> None:
+        """What is half received need not be waited for much longer."""
+        if now >= self._next_pulse and self._member is not None:
+            self._next_pulse = now + PULSE_SECONDS
+            self._heart.pulse.group = None if self._link.arriving() else self._member.pulse()
 
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - self._clock())

@@ -18,6 +18,7 @@ from transport.frame import Frame, Header, Kind
 from transport.links import Link
 from transport.mailbox import Mailbox, MailKey
 from transport.shards import Range, maximal_subtrees, owned_shards, row_split, tree_sum
+from transport.tasks import AnyOf, Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,18 @@ class Wait:
     def ready(self) -> bool:
         """All of them have arrived; nothing was taken."""
         return self.mailbox.has(self.keys)
+
+    def missing(self) -> frozenset[int]:
+        """Ranks whose frames have not arrived."""
+        return frozenset(key.sender for key in self.mailbox.missing(self.keys))
+
+
+def awaited(wait: Ready) -> frozenset[int]:
+    """Ranks without whose frames nothing goes on; none where something else may come as well, or something is there."""
+    if isinstance(wait, AnyOf):
+        each = [awaited(part) for part in wait.waits]
+        return frozenset().union(*each) if all(each) else frozenset()
+    return wait.missing() if isinstance(wait, Wait) else frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,6 +72,10 @@ class Mailbox:
         """All of them are there."""
         return all(key in self._frames for key in keys)
 
+    def missing(self, keys: Iterable[MailKey]) -> list[MailKey]:
+        """Those that are not there."""
+        return [key for key in keys if key not in self._frames]
+
     def discard(self, generation: int, step: int = 0) -> None:
         """Everything before (generation, step) is over: drop it, and refuse it from now on.
 

@@ -232,11 +232,23 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupPulse:
+    """How far a rank has got in this generation of its attention group: steps that it has finished, and everything that
+    it has done, in numbers. `awaited`: the members without whose frames it can do nothing more."""
+
+    generation: int
+    steps: int
+    moves: int
+    awaited: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """From a rank's heart. `progress` counts what its engine has done; `working`: it has something to do."""
+    """From a rank's heart. `progress` counts the turns of its engine; `working`: it has something to do."""
 
     progress: int
     working: bool
+    group: GroupPulse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +400,7 @@ def _ints(values: list[Any], name: str) -> list[int]:
 
 # `fields` looks at a whole class, and is asked several times in every step.
 _FIELD_NAMES = {
-    record_type: tuple(item.name for item in fields(record_type)) for record_type in (*_TYPES, OutputItem, GroupMembers)
+    record_type: tuple(item.name for item in fields(record_type))
+    for record_type in (*_TYPES, OutputItem, GroupMembers, GroupPulse)
 }
 _CHECKS = tuple(_checks(message_type) for message_type in _TYPES)

@@ -25,10 +25,10 @@ class AnyOf:
     """Ready when one of several waits is."""
 
     def __init__(self, waits: Sequence[Ready]) -> None:
-        self._waits = waits
+        self.waits = waits
 
     def ready(self) -> bool:
-        return any(wait.ready() for wait in self._waits)
+        return any(wait.ready() for wait in self.waits)
 
 
 class Task(Generic[T]):

@@ -17,6 +17,7 @@ from moemesh.membership_records import (
     Tick,
 )
 from transport.life import Life
+from transport.messages import GroupPulse
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Mesh:
         self.silent: set[int] = set()
         self.working: set[int] = set()
         self.stuck: set[int] = set()
+        self.waits: dict[int, list[int]] = {}
         self.progress = 0
         self.membership = Membership(mesh, placement, MembershipSettings(**settings))
 
@@ -60,9 +62,15 @@ class Mesh:
             for rank in range(self.num_ranks):
                 if rank not in self.silent:
                     progress = 0 if rank in self.stuck else self.progress
-                    out += self.tell(Heartbeat(self.membership.present(rank), progress, rank in self.working))
+                    life, working = self.membership.present(rank), rank in self.working
+                    out += self.tell(Heartbeat(life, progress, working, self.pulse(rank)))
             out += self.tell(*also, Tick())
         return out
+
+    def pulse(self, rank: int) -> GroupPulse | None:
+        """A member of the first group that `waits` for others."""
+        generation = self.membership.view.groups[0].generation
+        return GroupPulse(generation, 0, 0, self.waits[rank]) if rank in self.waits else None
 
     def states(self) -> list[str]:
         return [record.state for record in self.membership.view.ranks]

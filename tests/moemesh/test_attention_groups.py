@@ -80,3 +80,32 @@ def test_a_rank_that_cannot_have_more_heads_makes_its_group_begin_anew() -> None
     out = mesh.tell(UnfitSeen(Life(1), 3, "no memory"))
     assert mesh.states()[1] == "dead"
     assert of(Kill, out)
+
+
+def test_a_group_whose_members_wait_for_each_other_runs_its_step_again() -> None:
+    mesh = Mesh(2, attention_ranks=None, tp=2).start()
+    mesh.waits = {0: [1], 1: [0]}
+    (again,) = of(Regroup, mesh.wait(1.5))
+    assert not again.lost
+    assert "a frame was lost" in again.reason
+    assert groups(mesh) == [(1, (0, 1), 0)]
+    assert of(Regroup, mesh.wait(1.5)) == [], "twice as patient"
+    assert mesh.states() == ["up", "up"]
+
+
+def test_a_link_that_loses_everything_is_the_end_of_a_member() -> None:
+    mesh = Mesh(2, attention_ranks=None, tp=2).start()
+    mesh.waits = {0: [1], 1: [0]}
+    out = mesh.wait(16.0)
+    assert len(of(Regroup, out)) == 4
+    assert of(Kill, out) == [Kill(Life(1))]
+    assert mesh.states() == ["up", "dead"]
+    assert "its group cannot work with it" in mesh.membership.view.ranks[1].reason
+
+
+def test_a_frontend_that_was_away_lets_a_group_take_its_time() -> None:
+    mesh = Mesh(2, attention_ranks=None, tp=2).start()
+    mesh.waits = {0: [1], 1: [0]}
+    mesh.wait(0.5)
+    mesh.now += 3.0
+    assert of(Regroup, mesh.wait(0.8)) == []

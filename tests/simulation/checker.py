@@ -64,7 +64,10 @@ def _check_bloodless(mesh: SimulatedMesh) -> None:
 
 
 def _check_calm(mesh: SimulatedMesh) -> None:
-    """Where everything is late and nothing is lost nobody is given up, and everything is computed."""
+    """Where everything is late and nothing is lost nobody is given up, and everything is computed, once."""
+    for _, event in mesh.history.story:
+        if "a frame was lost" in event:
+            mesh.history.complain(f"a step was run again in vain: {event}")
     for process in mesh.processes:
         if process.ended or process.life.incarnation:
             mesh.history.complain(f"rank {process.rank} was given up for being late")

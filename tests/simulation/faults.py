@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tests.simulation.mesh import SimulatedMesh
 from tests.simulation.scenario import QUIET_FROM, Fault
 
@@ -11,23 +9,10 @@ from tests.simulation.scenario import QUIET_FROM, Fault
 def play_faults(mesh: SimulatedMesh) -> None:
     """From now on frames are disturbed and the drawn faults come, until all is quiet."""
     began = mesh.time.now
-    _disturb(mesh)
+    mesh.network.disturb(mesh.scenario.rates)
     for fault in mesh.scenario.faults:
         mesh.time.at(began + fault.at, lambda fault=fault: _begin(mesh, fault))
     mesh.time.at(began + QUIET_FROM, lambda: _calm(mesh))
-
-
-def _disturb(mesh: SimulatedMesh) -> None:
-    """Frames of a tensor-parallel group are asked for once and must come: its links lose nothing, as MPI does not."""
-    rates = mesh.scenario.rates
-    ranks = range(mesh.config.num_ranks)
-    for pair in ((sender, receiver) for sender in ranks for receiver in ranks if sender != receiver):
-        mesh.network.disturb(replace(rates, drop=0, corrupt=0) if _of_one_group(mesh, *pair) else rates, [pair])
-
-
-def _of_one_group(mesh: SimulatedMesh, rank: int, other: int) -> bool:
-    group = mesh.scenario.group_of(rank)
-    return group is not None and group == mesh.scenario.group_of(other)
 
 
 def _calm(mesh: SimulatedMesh) -> None:
@@ -64,7 +49,7 @@ def _begin(mesh: SimulatedMesh, fault: Fault) -> None:
 
 def _cut(mesh: SimulatedMesh, pairs: list[tuple[int, int]], until: float) -> None:
     for sender, receiver in pairs:
-        mesh.network.cut(sender, receiver, hold=_of_one_group(mesh, sender, receiver))
+        mesh.network.cut(sender, receiver)
 
     def heal() -> None:
         mesh.network.advance(mesh.time.now - mesh.network.now)

@@ -24,6 +24,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"num_ranks": 4, "attention_tp": 1, "attention_ranks": 2},
     {"num_ranks": 4, "attention_tp": 2, "attention_ranks": 2},
     {"num_ranks": 4, "attention_tp": 2},
+    {"num_ranks": 4, "attention_tp": 4},
 )
 
 

@@ -1,6 +1,7 @@
 """Collectives at their edges; the contract test runs them over every link."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from tests.transport.link_contract import Program, Sync, collectives_have_the_trees_bits
 from tests.transport.local_runs import run_programs
-from transport.collectives import GroupCall, Wait, all_gather_rows, reduce_scatter_tree
+from transport.collectives import GroupCall, Wait, all_gather_rows, awaited, reduce_scatter_tree
 from transport.errors import ProtocolError
 from transport.frame import Frame, Header, Kind
 from transport.links import Link
 from transport.local_link import LocalNetwork
 from transport.mailbox import Mailbox
+from transport.tasks import AnyOf, Ready
 
 
 @settings(max_examples=20)
@@ -104,3 +106,27 @@ def test_own_tensors_that_do_not_fit_are_refused() -> None:
     for parts in ([torch.ones(1, 2)] * 2, [], [torch.ones(2)]):
         with pytest.raises(ValueError, match=r"member 0 of 2 owns subtrees \[\(0, 4\)\]"):
             next(reduce_scatter_tree(call, parts, 8))
+
+
+def test_who_is_awaited_is_whose_frames_are_missing() -> None:
+    link, mailbox = LocalNetwork(4).links[0], Mailbox()
+    first, second = (replace(call_of(link, (0, 1, 2, 3), mailbox), step=step) for step in (0, 1))
+    wait, other = first.wait_for([1, 2]), second.wait_for([3])
+    assert awaited(wait) == {1, 2}
+    assert awaited(AnyOf([wait, other])) == {1, 2, 3}
+    mailbox.deliver(Frame(Header(Kind.COLLECTIVE, 2, layer=2, phase=5), ()))
+    assert awaited(wait) == {1}
+    mailbox.deliver(Frame(Header(Kind.COLLECTIVE, 1, layer=2, phase=5), ()))
+    assert awaited(wait) == frozenset(), "it can go on"
+    assert awaited(AnyOf([wait, other])) == frozenset(), "one of two can go on"
+
+
+def test_who_waits_for_something_else_as_well_awaits_nobody() -> None:
+    class Never:
+        def ready(self) -> bool:
+            return False
+
+    call = call_of(LocalNetwork(2).links[0], (0, 1))
+    never: Ready = Never()
+    assert awaited(never) == frozenset()
+    assert awaited(AnyOf([call.wait_for([1]), never])) == frozenset()
