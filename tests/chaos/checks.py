@@ -166,14 +166,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class RateOfRival:
-    """Tokens per second against those of the rival mesh: medians of rounds that took turns."""
+    """Tokens per second against those of the rival mesh: the median of the ratios of two rounds, one after the other,
+    because the machine itself changes from one minute to the next by more than the two differ."""
 
     at_least: float
 
     def judge(self, history: History, window: Window) -> Verdict:
-        ours, theirs = (statistics.median(history.rates.get(who, [0.0])) for who in ("mesh", "rival"))
-        value = ours / theirs if theirs else 0.0
-        found = f"{value:.3f} ({ours:.0f} against {theirs:.0f} tokens/s)"
+        ours, theirs = (history.rates.get(who, [0.0]) for who in ("mesh", "rival"))
+        ratios = [mine / other if other else 0.0 for mine, other in zip(ours, theirs, strict=True)]
+        value = statistics.median(ratios)
+        found = f"{value:.3f} ({statistics.median(ours):.0f} against {statistics.median(theirs):.0f} tokens/s)"
         bar = f">= {self.at_least:g} of the rival"
         return Verdict(check="rate", passed=value >= self.at_least, found=found, bar=bar, value=value)
 

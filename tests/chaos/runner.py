@@ -31,7 +31,7 @@ STEADY_SECONDS = (1.5, 4.0)
 FINISH_SECONDS = 120.0
 MOST_LATE_SECONDS = 1.0
 PATIENT_SECONDS = 30.0  # for processes to go; the bar is the checks'
-RIVAL_ROUNDS = 3
+RIVAL_ROUNDS = 16  # of two to three seconds each
 LOG_SHOWN = 4000
 
 
@@ -118,7 +118,9 @@ class _Run:
         assert late < MOST_LATE_SECONDS, f"the harness itself stood still for {late:.1f} s: nothing it measured holds"
 
     def compare(self) -> None:
-        """Rounds of the load on the mesh and on its rival, in turn; the one that waits computes nothing."""
+        """Rounds of the load on the mesh and on its rival, in turn; the one that waits computes nothing.
+
+        Never two rounds of one in a row: the second of them is up to 15 % faster, its pages being warm."""
         assert self._scenario.rival is not None
         begun = time.monotonic()
         with serving(*self._scenario.flags) as mesh, serving(*self._scenario.rival) as rival:

@@ -34,6 +34,7 @@ from tests.chaos.scenario import (
     FillDisk,
     KillFrontend,
     KillMpirun,
+    Load,
     Overload,
     Role,
     Scenario,
@@ -321,6 +322,7 @@ LOADS = (
         name="cost-of-fault-tolerance",
         row="throughput with everything on and nothing failing, against --fault-tolerance off",
         flags=TWO_GROUPS,
+        load=Load(tokens=(96, 96)),  # all to the end of a round: its last seconds would measure a few streams only
         rival=(*TWO_GROUPS, "--fault-tolerance", "off"),
         checks={"steady": (Complete(), Identical(), RateOfRival(0.97))},
     ),

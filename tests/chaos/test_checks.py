@@ -141,7 +141,7 @@ def test_rate_against_the_steady_phase() -> None:
 
 def test_rate_of_a_rival() -> None:
     seen = history()
-    seen.rates = {"mesh": [96.0, 97.0, 500.0], "rival": [100.0, 100.0, 1.0]}
+    seen.rates = {"mesh": [96.0, 485.0, 500.0], "rival": [100.0, 500.0, 1.0]}
     assert passes(checks.RateOfRival(0.97), seen)
     assert not passes(checks.RateOfRival(0.98), seen)
     assert not passes(checks.RateOfRival(0.97), history())
