@@ -180,6 +180,9 @@ class ControlClient:
         self._channel: Channel = channel
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        if hasattr(os, "SCHED_BATCH"):
+            # ZeroMQ's thread wakes at every sending: it is not to take the core from the kernels that go on then.
+            self._context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
         self.life = life
         self._socket = self._connected()
 
