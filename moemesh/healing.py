@@ -47,6 +47,10 @@ class Healing:
         lost = (record for record in self._ranks if record.state == "dead" and record.host in hosts)
         return any(self.may_respawn(record) for record in lost)
 
+    def is_gone_for_good(self, record: RankRecord) -> bool:
+        """A lost rank will not be back."""
+        return record.state == "dead" and record.ended and not self.may_respawn(record)
+
     def worth_waiting_for(self) -> bool:
         """Whether a lost rank may soon be back. One whose lives fail again and again is started again, but not waited
         for."""

@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moemesh.membership_records import BEAT_SECONDS
+from moemesh.slowness import NO_EFFORT, Effort
 from transport.control import ControlClient
 from transport.errors import Overloaded
 from transport.life import Life
 from transport.messages import GroupPulse, Heard, Heartbeat, Message, Stop
 
 LEASE_SECONDS = 2.0
+
+
+EFFORT_SECONDS = 0.05
+"""The thread's processor time is looked up so often: a system call."""
 
 
 @dataclass
@@ -32,6 +37,17 @@ class Pulse:
     progress: int = 0
     working: bool = False
     group: GroupPulse | None = None
+    effort: Effort = NO_EFFORT
+
+    def __post_init__(self) -> None:
+        self._awake = self._next = 0.0
+
+    def note_turn(self, seconds: float, now: float) -> None:
+        """A turn of the engine's loop took so long. To be called in its thread."""
+        self._awake += seconds
+        if now >= self._next:
+            self._next = now + EFFORT_SECONDS
+            self.effort = Effort(self._awake, time.thread_time())
 
 
 class HeartPort(Protocol):
@@ -77,13 +93,14 @@ class Heart:
         is_gone: Callable[[], bool] = lambda: False,
         abandoned_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
+        pulse: Pulse | None = None,
     ) -> None:
         self._connect = connect
         self._end = end
         self._is_gone = is_gone
         self._abandoned_s = abandoned_s
         self._life = life
-        self.pulse = Pulse()
+        self.pulse = pulse or Pulse()
         self._clock = clock
         self._heard_at = clock()
         self._stopping = threading.Event()
@@ -126,7 +143,8 @@ class Heart:
         if control.life != self._life:
             control.begin_life(self._life)
         with contextlib.suppress(Overloaded):  # a frontend that takes nothing does not answer either
-            control.send(Heartbeat(self.pulse.progress, self.pulse.working, self.pulse.group))
+            pulse, effort = self.pulse, self.pulse.effort
+            control.send(Heartbeat(pulse.progress, pulse.working, pulse.group, effort.awake, effort.processor))
 
     def listen(self, control: HeartPort) -> None:
         """Take in the answers; end the process where they, or their absence, say so."""

@@ -22,6 +22,7 @@ from moemesh.healing import Healing
 from moemesh.membership_records import (
     Event,
     FailMesh,
+    GaveUpSlow,
     Heartbeat,
     HelloSeen,
     HostingSeen,
@@ -178,9 +179,10 @@ class Membership:
         match event:
             case Tick():
                 self._tick(now)
-            case Heartbeat(life, progress, working, group) if self.is_present(life):
+            case Heartbeat(life, progress, working, group, effort) if self.is_present(life):
                 self._beat(self._ranks[life.rank], progress, working, now)
                 self._standstill.beat(life.rank, progress, group, now)
+                self._detection.note_effort(self._ranks[life.rank], effort)
             case ProcessBegan(life) if self.is_present(life):
                 self._begun(self._ranks[life.rank])
             case HelloSeen(life, host) if self.is_present(life):
@@ -263,6 +265,7 @@ class Membership:
         if late_by := self._detection.excuse_itself(now):
             self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
             self._standstill.forget()
+        self._detection.compare(now, settled=self._settled(), can_spare=self._can_spare)
         for record in self._ranks:
             record.forget_late(now, self._settings.late_memory)
             self._suspect(record, now)
@@ -272,6 +275,8 @@ class Membership:
             self._die(verdict.record, verdict.reason, now)
             if verdict.alive:
                 self._kill(verdict.record, now)
+            if verdict.slow:
+                self._out.append(GaveUpSlow(verdict.record.life))
         self._restart_steps(now)
         for record in self._ranks:
             self._bring_back(record, now)
@@ -288,6 +293,22 @@ class Membership:
             self._move(record, "suspect", reason, now)
         elif not reason and record.state == "suspect":
             self._move(record, "up", "", now)
+        elif reason and reason == record.slow != record.reason:
+            record.reason, self._changed = reason, True
+            self._out.append(Note(f"{record.life} is suspect: {reason}"))
+
+    def _settled(self) -> bool:
+        """Nobody comes, goes or loads: what ranks do with their time can be compared."""
+        lost = (record for record in self._ranks if not record.living)
+        return self._started and not self.homes.orders and all(map(self._healing.is_gone_for_good, lost))
+
+    def _can_spare(self, record: RankRecord) -> bool:
+        """The mesh survives the death of a living rank: it is replaced, or there are others that serve."""
+        others = [other for other in self._ranks if other.living and other is not record]
+        if self._healing.may_respawn(record) and any(other.host == record.host for other in others):
+            return True
+        computing = any(set(view.members) - {record.rank} for view in self._groups.views)
+        return computing and any(other.rank in self._mesh.expert_ranks for other in others)
 
     def _restart_steps(self, now: float) -> None:
         """Groups whose members wait for each other run their step again; where that helps none of them, without the one

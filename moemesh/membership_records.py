@@ -9,6 +9,7 @@ from typing import Literal
 
 from mesh_config.placement import Placement
 from moemesh.expert_homes import Orders
+from moemesh.slowness import NO_EFFORT, Effort
 from transport.life import Life
 from transport.messages import GroupPulse
 
@@ -99,6 +100,7 @@ class Heartbeat:
     progress: int
     working: bool
     group: GroupPulse | None = None
+    effort: Effort = NO_EFFORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +297,13 @@ class TookOver:
 
 
 @dataclass(frozen=True, slots=True)
+class GaveUpSlow:
+    """For the metrics: a rank was given up for its slowness alone."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """For the log."""
 
@@ -313,6 +322,7 @@ Instruction = (
     | FailMesh
     | Transition
     | TookOver
+    | GaveUpSlow
     | Note
 )
 

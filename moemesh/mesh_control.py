@@ -22,6 +22,7 @@ from moemesh.membership_records import (
     LIVING,
     Event,
     FailMesh,
+    GaveUpSlow,
     Heartbeat,
     HelloSeen,
     HostingSeen,
@@ -52,6 +53,7 @@ from moemesh.membership_records import (
 )
 from moemesh.mesh_view import MeshView
 from moemesh.metrics import Metrics
+from moemesh.slowness import Effort
 from transport import messages
 from transport.control import Channel
 from transport.errors import Overloaded
@@ -149,8 +151,8 @@ class MeshControl:
                 self._watch.kill(life)
             return
         match message:
-            case messages.Heartbeat(progress=progress, working=working, group=group):
-                self.tell(Heartbeat(life, progress, working, group))
+            case messages.Heartbeat(progress, working, group, awake, processor):
+                self.tell(Heartbeat(life, progress, working, group, Effort(awake, processor)))
                 self._answer_heart(life)
             case messages.Started(pid=pid, host=host):
                 self._watch.watch(life, pid, host)
@@ -277,6 +279,8 @@ class MeshControl:
                 self._restarts.put_nowait(incarnation)
             case TookOver():
                 self._note_take_over(instruction)
+            case GaveUpSlow(life):
+                self._metrics.slow_ranks.labels(str(life.rank)).inc()
             case FailMesh(reason):
                 self._listener.mesh_failed(reason)
             case Note(text):

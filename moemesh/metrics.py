@@ -226,6 +226,12 @@ class Metrics:
             ("rank", "state"),
             registry=registry,
         )
+        self.slow_ranks = Counter(
+            "moemesh_slow_ranks_given_up",
+            "Ranks given up because they were slow, by rank.",
+            ("rank",),
+            registry=registry,
+        )
         self.respawns = Counter(
             "moemesh_rank_respawns",
             "Processes that were to be started in the place of a lost one.",

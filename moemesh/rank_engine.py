@@ -146,9 +146,11 @@ class RankEngine:
         self._heart.pulse.progress += 1
         began = self._clock()
         busy = self.turn()
+        ended = self._clock()
+        self._heart.pulse.note_turn(ended - began, ended)
         self._heart.pulse.working = busy or (self._member is not None and self._member.busy)
         if busy:
-            self._busy_seconds += self._clock() - began
+            self._busy_seconds += ended - began
             self._idle.worked()
         else:
             self._idle.wait(self._longest_wait(), arriving=self._link.arriving())

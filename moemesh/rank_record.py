@@ -16,7 +16,7 @@ class RankRecord:
     `born`: the life that its process began as. `began`, `said_hello`: how far a new process has come; `spawner` was to
     start it. `hosting`: the experts that a life which does not serve yet says it has. `ended`: the process of this life
     is known to be gone. `failures`: deaths in a row, none of which came after a long time up; the next life does not
-    begin before `retry_at`. `attempts`: lives in a row that never served.
+    begin before `retry_at`. `attempts`: lives in a row that never served. `slow`: why it is believed to be, if so.
     """
 
     rank: int
@@ -41,6 +41,7 @@ class RankRecord:
     working: bool = False
     late_since: float | None = None
     late: dict[int, float] = field(default_factory=dict)
+    slow: str = ""
     hosting: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property

@@ -244,11 +244,17 @@ class GroupPulse:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """From a rank's heart. `progress` counts the turns of its engine; `working`: it has something to do."""
+    """From a rank's heart. `progress` counts the turns of its engine; `working`: it has something to do.
+
+    Seconds since it began: `awake`, in which the engine waited for nobody, and `processor`, for which its thread had
+    one.
+    """
 
     progress: int
     working: bool
     group: GroupPulse | None = None
+    awake: float = 0.0
+    processor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

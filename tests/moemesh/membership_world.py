@@ -16,6 +16,7 @@ from moemesh.membership_records import (
     ReadySeen,
     Tick,
 )
+from moemesh.slowness import NO_EFFORT, Effort
 from transport.life import Life
 from transport.messages import GroupPulse
 
@@ -42,6 +43,8 @@ class Mesh:
         self.working: set[int] = set()
         self.stuck: set[int] = set()
         self.waits: dict[int, list[int]] = {}
+        self.starved: set[int] = set()
+        self._efforts = [NO_EFFORT] * num_ranks
         self.progress = 0
         self.membership = Membership(mesh, placement, MembershipSettings(**settings))
 
@@ -62,8 +65,8 @@ class Mesh:
             for rank in range(self.num_ranks):
                 if rank not in self.silent:
                     progress = 0 if rank in self.stuck else self.progress
-                    life, working = self.membership.present(rank), rank in self.working
-                    out += self.tell(Heartbeat(life, progress, working, self.pulse(rank)))
+                    life, working, effort = self.membership.present(rank), rank in self.working, self._go_on(rank)
+                    out += self.tell(Heartbeat(life, progress, working, self.pulse(rank), effort))
             out += self.tell(*also, Tick())
         return out
 
@@ -71,6 +74,14 @@ class Mesh:
         """A member of the first group that `waits` for others."""
         generation = self.membership.view.groups[0].generation
         return GroupPulse(generation, 0, 0, self.waits[rank]) if rank in self.waits else None
+
+    def _go_on(self, rank: int) -> Effort:
+        """Who has too little of a processor is awake all the time; the others wait for it."""
+        awake, share = (1.0, 0.03) if rank in self.starved else (0.1, 1.0)
+        before = self._efforts[rank]
+        added = Effort(TICK_SECONDS * awake, TICK_SECONDS * awake * share)
+        self._efforts[rank] = Effort(before.awake + added.awake, before.processor + added.processor)
+        return self._efforts[rank]
 
     def states(self) -> list[str]:
         return [record.state for record in self.membership.view.ranks]

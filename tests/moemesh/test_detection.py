@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from moemesh.membership_records import (
     TICK_SECONDS,
+    GaveUpSlow,
+    HelloSeen,
+    HostingSeen,
+    Instruction,
     Kill,
     Look,
     Note,
     PeerLate,
     ProcessEnded,
     ProcessSeen,
+    ReadySeen,
+    Respawn,
     RestartGroup,
     Tick,
     Transition,
@@ -130,3 +136,58 @@ def test_a_controller_that_is_always_late_finds_the_dead_all_the_same() -> None:
         mesh.now += 0.3
         mesh.wait(TICK_SECONDS)
     assert mesh.states() == ["dead", "up", "up", "up"]
+
+
+def starve(mesh: Mesh, rank: int, seconds: float) -> list[Instruction]:
+    """The rank has hardly any of the processor time that it needs, for so long; everybody waits for it."""
+    mesh.starved = {rank}
+    return mesh.wait(seconds)
+
+
+def test_a_starved_rank_is_suspect_then_replaced() -> None:
+    mesh = Mesh().start()
+    mesh.wait(2.0)
+    out = starve(mesh, 3, 2.0)
+    (change,) = of(Transition, out)
+    assert change.reason.startswith("slow: it had a processor for ")
+    assert mesh.states()[3] == "suspect"
+    out = mesh.wait(3.0)
+    assert of(Transition, out)[0].after == "dead"
+    assert of(Kill, out) == [Kill(Life(3))]
+    assert of(GaveUpSlow, out) == [GaveUpSlow(Life(3))]
+    assert mesh.states()[3] == "dead"
+    assert of(Respawn, mesh.tell(ProcessEnded(Life(3))) + mesh.wait(0.1))
+
+
+def test_nobody_is_compared_while_one_is_lost_or_loads() -> None:
+    mesh = Mesh().start()
+    mesh.tell(ProcessEnded(Life(2)))
+    starve(mesh, 3, 20.0)
+    assert mesh.states()[3] == "up"
+    mesh.tell(HelloSeen(Life(2, 1)), HostingSeen(Life(2, 1), {1: [0, 1]}), ReadySeen(Life(2, 1)))
+    assert mesh.membership.homes.orders == {}
+    mesh.wait(5.0)
+    assert mesh.states()[3] == "dead"
+
+
+def test_a_slow_rank_that_nobody_can_replace_is_kept_and_said_so() -> None:
+    mesh = Mesh(attention_ranks=3, respawn=False).start()  # only rank 3 hosts experts
+    starve(mesh, 3, 20.0)
+    record = mesh.membership.view.ranks[3]
+    assert record.state == "suspect"
+    assert record.reason.endswith("; kept: the mesh cannot serve without it")
+
+
+def test_a_rank_that_is_late_and_slow_is_called_slow() -> None:
+    mesh = Mesh().start()
+    mesh.wait(1.0)
+    mesh.tell(PeerLate(Life(0), Life(3)))
+    mesh.starved = {3}
+    notes = of(Note, mesh.wait(1.5, PeerLate(Life(0), Life(3))))
+    assert [note.text.partition(":")[0] for note in notes] == ["rank 3 is suspect"]
+    assert mesh.membership.view.ranks[3].reason.startswith("slow: ")
+
+
+def test_without_fault_tolerance_nobody_is_too_slow() -> None:
+    mesh = Mesh(fault_tolerance=False).start()
+    assert starve(mesh, 3, 20.0) == []

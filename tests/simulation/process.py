@@ -6,12 +6,13 @@ import random
 from typing import TYPE_CHECKING
 
 from moemesh.heads import HeadLoader
-from moemesh.heart import Heart
+from moemesh.heart import Heart, Pulse
 from moemesh.idle import IdleWait
 from moemesh.membership_records import BEAT_SECONDS
 from moemesh.neighbours import Neighbours
 from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
+from moemesh.slowness import Effort
 from tests.simulation.control_plane import VirtualPort
 from tests.simulation.loading import Loading, VirtualExecutor, VirtualTakeOver
 from tests.simulation.meetings import VirtualMeetings
@@ -31,6 +32,13 @@ LOAD_SECONDS = (0.005, 0.05)
 IMPORT_SECONDS = (0.05, 0.5)
 
 
+class VirtualPulse(Pulse):
+    """Virtual time passes between turns, not in them: the process notes its efforts itself."""
+
+    def note_turn(self, seconds: float, now: float) -> None:
+        """See Pulse."""
+
+
 class Process:
     """One process of a rank. It runs, or is stopped, or has ended."""
 
@@ -48,6 +56,7 @@ class Process:
             life,
             end=lambda reason: mesh.end_process(self.rank, f"ends: {reason}", pid=pid),
             clock=mesh.time.clock,
+            pulse=VirtualPulse(),
         )
         self.engine: RankEngine | None = None
         self.stopped = self.ended = False
@@ -198,12 +207,11 @@ class Process:
             mesh.end_process(self.rank, "has been told to end")
             return
         rest = self.control.take_rest()
-        if rest is None:
-            self._busy_until = now + self._rng.uniform(*TURN_SECONDS) * self.slowness
-            self.wake()
-        else:
-            self._busy_until = now + 0.0001 * self.slowness
-            self.wake(now + max(rest, 0.001))
+        took = 0.0001 if rest is not None else self._rng.uniform(*TURN_SECONDS)
+        self._busy_until = now + took * self.slowness
+        effort = self.heart.pulse.effort
+        self.heart.pulse.effort = Effort(effort.awake + took * self.slowness, effort.processor + took)
+        self.wake(0.0 if rest is None else now + max(rest, 0.001))
         mesh.wake_receivers()
 
     def _beat(self) -> None:
