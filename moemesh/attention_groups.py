@@ -40,6 +40,10 @@ class AttentionGroups:
             if view.members and all(self._ranks[member].living for member in view.members)
         )
 
+    def compute_without(self, rank: int) -> bool:
+        """Something is left that computes sequences when this rank is lost."""
+        return any(set(view.members) - {rank} for view in self._views)
+
     def follow(self) -> list[Instruction]:
         """Adapt every group to the ranks' states."""
         return [instruction for group in range(len(self._views)) for instruction in self._follow(group)]

@@ -47,9 +47,16 @@ class Healing:
         lost = (record for record in self._ranks if record.state == "dead" and record.host in hosts)
         return any(self.may_respawn(record) for record in lost)
 
-    def is_gone_for_good(self, record: RankRecord) -> bool:
-        """A lost rank will not be back."""
-        return record.state == "dead" and record.ended and not self.may_respawn(record)
+    def may_be_replaced(self, record: RankRecord) -> bool:
+        """Should a living rank be lost, there is somebody to start a new process for it."""
+        others = (other for other in self._ranks if other.living and other is not record)
+        return self.may_respawn(record) and any(other.host == record.host for other in others)
+
+    @property
+    def nobody_may_come(self) -> bool:
+        """Every lost rank is lost for good."""
+        lost = [record for record in self._ranks if not record.living]
+        return all(record.state == "dead" and record.ended and not self.may_respawn(record) for record in lost)
 
     def worth_waiting_for(self) -> bool:
         """Whether a lost rank may soon be back. One whose lives fail again and again is started again, but not waited

@@ -48,27 +48,12 @@ from moemesh.membership_records import (
     SpawnFailed,
     Tick,
     TookOver,
-    Transition,
     UnfitSeen,
     View,
 )
 from moemesh.rank_record import RankRecord
 from moemesh.standstill import Standstill
 from transport.life import Life
-
-_LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
-    {
-        ("loading", "up"),
-        ("loading", "dead"),
-        ("up", "suspect"),
-        ("up", "dead"),
-        ("suspect", "up"),
-        ("suspect", "dead"),
-        ("dead", "joining"),
-        ("joining", "up"),
-        ("joining", "dead"),
-    }
-)
 
 
 class Membership:
@@ -165,9 +150,7 @@ class Membership:
     @property
     def stranded(self) -> str:
         """Why nobody can compute anything for now: experts are missing, and neither loaded nor about to come back."""
-        if not self._started or not self.homes.stranded:
-            return ""
-        if self._healing.worth_waiting_for():
+        if not self._started or not self.homes.stranded or self._healing.worth_waiting_for():
             return ""
         why = "; ".join(f"rank {rank}: {problem}" for rank, problem in sorted(self.homes.problems.items()))
         return f"{self.homes.missing} experts were lost and cannot be loaded again: {why}"
@@ -265,7 +248,8 @@ class Membership:
         if late_by := self._detection.excuse_itself(now):
             self._out.append(Note(f"the frontend itself was {late_by:.1f} s late: deadlines wait as long"))
             self._standstill.forget()
-        self._detection.compare(now, settled=self._settled(), can_spare=self._can_spare)
+        settled = self._started and not self.homes.orders and self._healing.nobody_may_come
+        self._detection.compare(now, settled=settled, can_spare=self._can_spare)
         for record in self._ranks:
             record.forget_late(now, self._settings.late_memory)
             self._suspect(record, now)
@@ -297,18 +281,10 @@ class Membership:
             record.reason, self._changed = reason, True
             self._out.append(Note(f"{record.life} is suspect: {reason}"))
 
-    def _settled(self) -> bool:
-        """Nobody comes, goes or loads: what ranks do with their time can be compared."""
-        lost = (record for record in self._ranks if not record.living)
-        return self._started and not self.homes.orders and all(map(self._healing.is_gone_for_good, lost))
-
     def _can_spare(self, record: RankRecord) -> bool:
         """The mesh survives the death of a living rank: it is replaced, or there are others that serve."""
-        others = [other for other in self._ranks if other.living and other is not record]
-        if self._healing.may_respawn(record) and any(other.host == record.host for other in others):
-            return True
-        computing = any(set(view.members) - {record.rank} for view in self._groups.views)
-        return computing and any(other.rank in self._mesh.expert_ranks for other in others)
+        others = [rank for rank in self._mesh.expert_ranks if self._ranks[rank].living and rank != record.rank]
+        return self._healing.may_be_replaced(record) or (bool(others) and self._groups.compute_without(record.rank))
 
     def _restart_steps(self, now: float) -> None:
         """Groups whose members wait for each other run their step again; where that helps none of them, without the one
@@ -363,14 +339,8 @@ class Membership:
         self.homes.lose(record.rank)
 
     def _move(self, record: RankRecord, state: RankState, reason: str, now: float) -> None:
-        before = record.state
-        if (before, state) not in _LEGAL:
-            raise AssertionError(f"{record} cannot become {state} ({reason})")
-        if {before, state} != {"up", "suspect"}:
-            record.since = now
-        record.state, record.reason = state, reason
+        self._out.append(record.move(state, reason, now))
         self._changed = True
-        self._out.append(Transition(record.life, before, state, reason))
 
     def _conclude(self, now: float) -> list[Instruction]:
         """Experts and groups follow the ranks, the view follows all."""

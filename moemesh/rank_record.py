@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moemesh.membership_records import LIVING, RankState
+from moemesh.membership_records import LIVING, RankState, Transition
 from transport.life import Life
+
+_LEGAL: frozenset[tuple[RankState, RankState]] = frozenset(
+    {
+        ("loading", "up"),
+        ("loading", "dead"),
+        ("up", "suspect"),
+        ("up", "dead"),
+        ("suspect", "up"),
+        ("suspect", "dead"),
+        ("dead", "joining"),
+        ("joining", "up"),
+        ("joining", "dead"),
+    }
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,6 +71,16 @@ class RankRecord:
     def can_be_met(self) -> bool:
         """Its process takes part in the mesh, or will without being met."""
         return self.said_hello or self.born == 0
+
+    def move(self, state: RankState, reason: str, now: float) -> Transition:
+        """Change the state, which may follow the present one."""
+        before = self.state
+        if (before, state) not in _LEGAL:
+            raise AssertionError(f"{self} cannot become {state} ({reason})")
+        if {before, state} != {"up", "suspect"}:
+            self.since = now
+        self.state, self.reason = state, reason
+        return Transition(self.life, before, state, reason)
 
     def begin_life(self, now: float) -> None:
         """A new incarnation: nothing that was known of the one before holds."""
