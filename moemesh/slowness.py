@@ -20,10 +20,10 @@ from typing import Literal, NamedTuple
 
 PERIOD_SECONDS = 0.75
 PERIODS = 4
-"""In a row, but for those in which nothing was heard of it: a turn of a slow rank takes long."""
+"""In a row, but for those that tell nothing of it."""
 FACTOR = 6.0
-AWAKE_SHARE = 0.1
-"""Of a period. Who is awake for less has little to do; it may have what it likes of a processor."""
+AWAKE_SHARE = 0.2
+"""Of a period. Who was awake for less had little to do, or is in a turn that takes long: that tells nothing."""
 COMPARABLE_SHARE = 0.005
 """Who is awake for less is no measure for others."""
 BACKOFF_SECONDS = 30.0
@@ -107,7 +107,7 @@ class Slowness:
     def _judge(self, added: Mapping[int, Effort], seconds: float, now: float) -> None:
         found = slowest(added, seconds)
         if found is None:
-            if self._slow is not None and not self._unheard(self._slow.rank, added, now):
+            if self._slow is not None and not self._is_unknown(self._slow.rank, added, seconds, now):
                 self._slow, self._periods = None, 0
             return
         rank, reason = found
@@ -132,10 +132,10 @@ class Slowness:
     def _explain(self, rank: int, action: str) -> str:
         return f"; kept: replacing it {len(self._replaced[rank])} times has not helped" if action == "keep" else ""
 
-    def _unheard(self, rank: int, added: Mapping[int, Effort], now: float) -> bool:
-        """A turn that it is in may take longer than a period."""
-        nothing = rank not in added or added[rank].awake <= 0
-        return nothing and now - self._slow_at[rank] <= PERIODS * PERIOD_SECONDS
+    def _is_unknown(self, rank: int, added: Mapping[int, Effort], seconds: float, now: float) -> bool:
+        """The period tells nothing of a rank that was slow not long ago."""
+        little = rank not in added or added[rank].awake < AWAKE_SHARE * seconds
+        return little and now - self._slow_at[rank] <= PERIODS * PERIOD_SECONDS
 
 
 def slowest(added: Mapping[int, Effort], seconds: float) -> tuple[int, str] | None:

@@ -69,6 +69,15 @@ def test_slowness_that_passes_is_forgotten() -> None:
     assert there.go_on(1, QUOTA) == [Slow(3, SLOW, "watch")]
 
 
+def test_a_period_that_tells_nothing_does_not_count() -> None:
+    there = ranks()
+    said = []
+    for _ in range(PERIODS):
+        said += there.go_on(1, QUOTA) + there.go_on(1, QUOTA | {3: (0.1, 0.2)})
+    assert None not in said
+    assert [one.action for one in said if one].index("replace") == 2 * PERIODS - 2
+
+
 def test_a_long_turn_is_heard_of_late() -> None:
     there = ranks()
     unheard = QUOTA | {3: (0.0, 0.0)}
