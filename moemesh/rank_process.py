@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mesh_config import ConfigError
+from moemesh.light_torch import put_off_unused
 from moemesh.mpi_launch import prepare_newcomer
 from moemesh.rank_place import RankPlace
 from moemesh.run_directory import RunDirectory
@@ -52,6 +53,7 @@ def run_rank(place: RankPlace) -> NoReturn:
     control.send(messages.Started(pid=os.getpid(), host=socket.gethostname()))
     # Of what is imported and loaded from here on nothing is garbage: looking for it took a tenth of the time.
     gc.disable()
+    put_off_unused()
     try:
         # Not at the top: torch takes a second, in which nobody would watch over this process.
         from moemesh.rank_startup import serve_rank
