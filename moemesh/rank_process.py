@@ -24,6 +24,7 @@ from moemesh.shard_file import CheckpointError
 from moemesh.watchdog import Watchdog, end_alone, end_failed
 from transport import messages
 from transport.control import ControlClient
+from transport.mpi_runtime import say_goodbye
 
 GOODBYE_SECONDS = 1.0
 
@@ -67,6 +68,7 @@ def run_rank(place: RankPlace) -> NoReturn:
     control.close()
     if run.is_remote:
         run.remove()
+    say_goodbye()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

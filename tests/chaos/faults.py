@@ -28,6 +28,7 @@ from tests.end_to_end.harness import SMALL_CACHE, Mesh, run_to_end
 POLL_SECONDS = 0.02
 CROWD_FINISH_SECONDS = 60.0
 REFUSAL_SECONDS = 60.0
+VICTIM_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +139,18 @@ class Player:
 
         self._later(time.monotonic() + after_s, end)
 
+    def _view(self) -> dict[str, Any]:
+        view: dict[str, Any] = self._site.mesh.get("/mesh").body
+        return view
+
     def _choose(self, who: Role, count: int) -> dict[int, psutil.Process]:
-        """Processes by rank, each one of the mesh's own."""
+        """Processes by rank, each one of the mesh's own. Where so many are not up they are waited for."""
         if who is Role.SAME:
             return self._struck
-        view = self._site.mesh.get("/mesh").body
-        ours = self._ours()
+        wait_until(
+            time.monotonic() + VICTIM_SECONDS, unless=lambda: len(scenario.candidates(who, self._view())) >= count
+        )
+        view, ours = self._view(), self._ours()
         ranks = scenario.choose(who, view, count, self._site.draw)
         self._struck = {rank: ours[view["ranks"][rank]["pid"]] for rank in ranks}
         self._lives = {rank: view["ranks"][rank]["incarnation"] for rank in ranks}

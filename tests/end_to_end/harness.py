@@ -230,6 +230,7 @@ class Mesh:
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(ANSWER_SECONDS)
         assert code == 0, f"exit code {code}:\n{self.log}"
+        assert "improperly" not in self.log, f"mpirun complains of an orderly end:\n{self.log}"
         self.wait_gone()
 
     def destroy(self) -> None:

@@ -203,6 +203,23 @@ def test_all_ranks_are_killed_at_once() -> None:
         assert mesh.total("moemesh_replay_mismatch_total") == 0
 
 
+def test_a_rank_of_a_users_own_mpirun_is_replaced() -> None:
+    """All of them one after the other; but when all are gone at once, so is the mesh, and says why."""
+    with serving("--attention-tp", "2", *SMALL_CACHE, under_mpirun=4) as mesh:
+        expected = [substance(body) for body in mesh.complete_all(REQUESTS)]
+        for rank in range(4):
+            assert answers_with(mesh, REQUESTS, when_they_run=process_of(mesh, rank).kill) == expected
+            await_whole(mesh)
+        assert [rank_of(mesh, rank)["incarnation"] for rank in range(4)] == [1] * 4
+        assert mesh.total("moemesh_replay_mismatch_total") == 0
+        mesh.remember_segments()
+        for process in [process_of(mesh, rank) for rank in range(4)]:
+            process.kill()
+        mesh.wait_gone()
+        assert "the mesh has failed" in mesh.log
+        assert "no rank is left, and those of a user's own mpirun cannot all be started again" in mesh.log
+
+
 def test_without_respawn_the_only_rank_is_the_mesh() -> None:
     with serving("--respawn", "off", *SMALL_CACHE) as mesh:
         process_of(mesh, 0).kill()
