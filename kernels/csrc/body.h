@@ -106,6 +106,7 @@ const KernelTable TABLE = {
     .panel_gemm = panel_gemm,
     .swiglu = swiglu,
     .rms_norm = rms_norm,
+    .rope = rope,
     .log_softmax = log_softmax,
     .argmax = argmax,
     .widen = widen,

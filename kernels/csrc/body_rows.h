@@ -25,6 +25,25 @@ static void rms_norm(const float *x, const float *weight, float *y, int64_t n, f
         y[i] = weight[i] * (x[i] * factor);
 }
 
+/* Rotary embedding (Su et al., arXiv 2104.09864): pair i is (2i, 2i+1) if interleave, else (i, half + i). */
+INLINE void rotate(float *restrict x, int64_t half, const float *restrict cosine, const float *restrict sine,
+                   const int64_t step, const int64_t other)
+{
+    for (int64_t i = 0; i < half; i++) {
+        const float first = x[i * step], second = x[i * step + other];
+        x[i * step] = first * cosine[i] - second * sine[i];
+        x[i * step + other] = second * cosine[i] + first * sine[i];
+    }
+}
+
+static void rope(float *x, int64_t half, const float *cosine, const float *sine, int interleave)
+{
+    if (interleave)
+        rotate(x, half, cosine, sine, 2, 1);
+    else
+        rotate(x, half, cosine, sine, 1, half);
+}
+
 static float row_max(const float *x, int64_t n)
 {
     vf lanes[NUM_STRIPS];

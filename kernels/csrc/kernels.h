@@ -188,6 +188,7 @@ typedef struct {
     void (*panel_gemm)(const Panels *p, const float *const *rows, int64_t num_rows, float *acc);
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
+    void (*rope)(float *x, int64_t half, const float *cosine, const float *sine, int interleave);
     void (*log_softmax)(const float *x, float *y, int64_t n);
     int64_t (*argmax)(const float *x, int64_t n);
     void (*widen)(int64_t kind, const void *p, float *y, int64_t n);
@@ -214,7 +215,7 @@ static inline int64_t pair_rows(int64_t num_rows) { return round_up(num_rows, pa
 /* k whose parts of the rows are held at a time, so that they stay in the L2 cache. */
 static inline int64_t pair_slice(int64_t num_rows)
 {
-    return num_rows <= TILE_ROWS ? 2048 : num_rows <= 2 * TILE_ROWS ? 1024 : 512;
+    return num_rows <= TILE_ROWS ? 2048 : 1024;
 }
 
 /* Scratch of panel_gemm: the result, its rows gemm_stride floats apart (not a power of two, so that they do not fall

@@ -107,21 +107,27 @@ const char *op_add_rms_norm(float *x, const float *y, const float *weight, float
     return run_rows(add_rms_norm_task, &r, num_rows);
 }
 
-/* Rotary embedding (Su et al., arXiv 2104.09864): pair i is (2i, 2i+1) if interleave, else (i, width/2 + i). */
+typedef struct {
+    float *x;
+    const float *cosine, *sine;
+    int64_t row_stride, head_stride, num_heads, half;
+    int interleave;
+} Rope;
+
+static void rope_task(const void *argument, int64_t row, void *scratch)
+{
+    const Rope *r = argument;
+    const float *cosine = r->cosine + row * r->half, *sine = r->sine + row * r->half;
+    (void)scratch;
+    for (int64_t head = 0; head < r->num_heads; head++)
+        table->rope(r->x + row * r->row_stride + head * r->head_stride, r->half, cosine, sine, r->interleave);
+}
+
 const char *op_rope(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
                     int64_t width, const float *cosine, const float *sine, int interleave)
 {
-    const int64_t half = width / 2, step = interleave ? 2 : 1, other = interleave ? 1 : half;
-    for (int64_t row = 0; row < num_rows; row++)
-        for (int64_t head = 0; head < num_heads; head++) {
-            float *v = x + row * row_stride + head * head_stride;
-            for (int64_t i = 0; i < half; i++) {
-                const float c = cosine[row * half + i], s = sine[row * half + i];
-                const float first = v[i * step], second = v[i * step + other];
-                v[i * step] = first * c - second * s;
-                v[i * step + other] = second * c + first * s;
-            }
-        }
+    const Rope r = {x, cosine, sine, row_stride, head_stride, num_heads, width / 2, interleave};
+    pool_run(rope_task, &r, num_rows, num_rows * num_heads * width <= SMALL_WORK);
     return NULL;
 }
 
