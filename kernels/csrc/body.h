@@ -92,9 +92,9 @@ INLINE void restore_subnormals(uint64_t before)
 #endif
 }
 
+#include "body_rows.h"
 #include "body_gemm.h"
 #include "body_quantize.h"
-#include "body_rows.h"
 #include "body_sample.h"
 #include "body_route.h"
 #include "body_attention.h"
@@ -104,7 +104,6 @@ INLINE void restore_subnormals(uint64_t before)
 const KernelTable TABLE = {
     .name = TABLE_NAME,
     .panel_gemm = panel_gemm,
-    .swiglu = swiglu,
     .rms_norm = rms_norm,
     .rope = rope,
     .log_softmax = log_softmax,

@@ -33,14 +33,11 @@ static float *find_bundle(const Expansion *x, int64_t row, float *memory, Bundle
 static void expand(const Expansion *x, const Matrix *m, const float *const *latents, int64_t num_keys, float *to,
                    int64_t stride)
 {
-    for (int64_t column = 0; column < m->num_out; column += PANEL) {
-        const int64_t left = m->num_out - column;
-        const Panels panel = {m, 1, column / PANEL, 1};
-        const float *product = x->product;
-        panel_gemm(&panel, latents, num_keys, x->product);
-        for (int64_t j = 0; j < num_keys; j++, product += gemm_stride(&panel))
-            memcpy(to + j * stride + column, product, (left < PANEL ? left : PANEL) * sizeof(float));
-    }
+    const Panels all = {m, 1, 0, (m->num_out + PANEL - 1) / PANEL, 0};
+    float *out[SPAN];
+    for (int64_t j = 0; j < num_keys; j++)
+        out[j] = to + j * stride;
+    panel_gemm(&all, latents, num_keys, out, x->product);
 }
 
 static void expand_span(const Expansion *x, int64_t start, int64_t num_keys)

@@ -213,15 +213,28 @@ static void gemm_by_slices(const Panels *p, const float *const *rows, int64_t nu
         }
 }
 
+/* Panel j of a row of the result; `second` is read for gate and up alone. */
+INLINE void put_columns(const Panels *p, int64_t j, const float *first, const float *second, float *out)
+{
+    const int64_t left = p->matrices->num_out - (p->first + j) * PANEL;
+    out += j * PANEL;
+    if (p->num_matrices == 2) {
+        swiglu(first, second, out, PANEL);
+    } else if (left < PANEL) {
+        memcpy(out, first, left * sizeof(float));
+    } else if (p->stream && (uintptr_t)out % sizeof(vf) == 0) {
+        for (int64_t i = 0; i < PANEL; i += VL)
+            stream(out + i, load(first + i));
+    } else {
+        for (int64_t i = 0; i < PANEL; i += VL)
+            store(out + i, load(first + i));
+    }
+}
+
 #include "body_pairs.h"
 
-/* acc[num_rows][gemm_stride] = rows times panels, see Panels. */
-static void panel_gemm(const Panels *p, const float *const *rows, int64_t num_rows, float *acc)
+static void plain_gemm(const Panels *p, const float *const *rows, int64_t num_rows, float *acc)
 {
-    if (p->matrices->kind == KIND_PAIRS) {
-        pairs_gemm(p, rows, num_rows, acc);
-        return;
-    }
     if (num_rows > MAX_TILE_ROWS) {
         gemm_by_slices(p, rows, num_rows, acc);
         return;
@@ -234,4 +247,26 @@ static void panel_gemm(const Panels *p, const float *const *rows, int64_t num_ro
             t.ahead_step = weight_step(p->matrices->kind);
             tiles[p->matrices->kind][num_rows - 1](&t);
         }
+}
+
+static void put_rows(const Panels *p, int64_t num_rows, const float *acc, float *const *out)
+{
+    for (int64_t row = 0; row < num_rows; row++, acc += gemm_stride(p))
+        for (int64_t j = 0; j < p->count; j++) {
+            const float *first = acc + j * p->num_matrices * PANEL;
+            put_columns(p, j, first, first + PANEL, out[row]);
+        }
+}
+
+/* out[row] gets the columns of Panels, out[row][0] the first of them; those of gate and up are padded to whole panels. */
+static void panel_gemm(const Panels *p, const float *const *rows, int64_t num_rows, float *const *out, float *scratch)
+{
+    if (p->matrices->kind == KIND_PAIRS) {
+        pairs_gemm(p, rows, num_rows, out, scratch);
+    } else {
+        plain_gemm(p, rows, num_rows, scratch);
+        put_rows(p, num_rows, scratch, out);
+    }
+    if (p->stream)
+        end_stream();
 }

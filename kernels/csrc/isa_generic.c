@@ -30,6 +30,8 @@ static inline vf fused(vf a, vf b, vf c)
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #endif
 }
+static inline void stream(float *p, vf v) { memcpy(p, &v, sizeof v); }
+static inline void end_stream(void) {}
 static inline vi load_words(const void *p)
 {
     vi v;

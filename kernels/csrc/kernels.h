@@ -34,11 +34,12 @@ typedef struct {
     int64_t num_experts, data_stride /* bytes */, scale_stride /* floats */;
 } Experts;
 
-/* Panels [first, first + count) of each of num_matrices matrices that differ in their weights alone, one of each in
-   turn (gate and up, as they lie in memory): the columns of one product. */
+/* Panels [first, first + count) of a matrix: the columns of one product. Or of two matrices that differ in their weights
+   alone, gate and up: the columns of swiglu of both products. */
 typedef struct {
     const Matrix *matrices;
     int64_t num_matrices, first, count;
+    int stream; /* the result is too large to stay in a cache */
 } Panels;
 
 /* One layer of multi-head latent attention on one rank (kernels/mla.py fills it, same order). Without query_down the
@@ -185,8 +186,7 @@ typedef struct {
 /* The leaf functions that exist once per instruction set. All variants give the same bits. */
 typedef struct {
     const char *name;
-    void (*panel_gemm)(const Panels *p, const float *const *rows, int64_t num_rows, float *acc);
-    void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
+    void (*panel_gemm)(const Panels *p, const float *const *rows, int64_t num_rows, float *const *out, float *scratch);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*rope)(float *x, int64_t half, const float *cosine, const float *sine, int interleave);
     void (*log_softmax)(const float *x, float *y, int64_t n);
@@ -218,23 +218,31 @@ static inline int64_t pair_slice(int64_t num_rows)
     return num_rows <= TILE_ROWS ? 2048 : 1024;
 }
 
-/* Scratch of panel_gemm: the result, its rows gemm_stride floats apart (not a power of two, so that they do not fall
-   into the same sets of a cache); where K is cut in shards, as much again for each level of their tree; for pairs, with
-   rows that fill the blocks, and then the three parts of a slice of each row. */
+/* Scratch of panel_gemm: sums of all rows and columns, the rows gemm_stride floats apart (not a power of two, so that
+   they do not fall into the same sets of a cache); where K is cut in shards, as much again for each level of their tree.
+   For pairs: sums of as many rows as fill the blocks, then the three parts of a slice of each row. */
 static inline int64_t gemm_stride(const Panels *p) { return p->num_matrices * p->count * PANEL + 16; }
+static inline int64_t num_levels(const Matrix *m)
+{
+    int64_t levels = 1;
+    for (int64_t shards = m->num_shards; shards > 1; shards /= 2)
+        levels++;
+    return levels;
+}
 static inline int64_t gemm_sums(const Panels *p, int64_t num_rows)
 {
-    const int64_t rows = p->matrices->kind == KIND_PAIRS ? pair_rows(num_rows) : num_rows;
-    int64_t levels = 1;
-    for (int64_t shards = p->matrices->num_shards; shards > 1; shards /= 2)
-        levels++;
-    return levels * rows * gemm_stride(p);
+    const int64_t levels = num_levels(p->matrices);
+    if (p->matrices->kind != KIND_PAIRS)
+        return levels * num_rows * gemm_stride(p);
+    return levels * pair_rows(num_rows) * PANEL * p->num_matrices * p->count;
 }
 static inline int64_t gemm_scratch(const Panels *p, int64_t num_rows)
 {
-    const int64_t num_in = p->matrices->num_in, slice = pair_slice(num_rows);
+    const int64_t slice = pair_slice(num_rows), most = pair_slice(1), num_in = p->matrices->num_in;
     const int64_t parts = 3 * pair_rows(num_rows) * (num_in < slice ? num_in : slice) + 16;
-    return gemm_sums(p, num_rows) + (p->matrices->kind == KIND_PAIRS ? parts : 0);
+    const int64_t parts_of_few = 3 * TILE_ROWS * (num_in < most ? num_in : most) + 16; /* they take longer slices */
+    return gemm_sums(p, num_rows) +
+           (p->matrices->kind != KIND_PAIRS ? 0 : parts > parts_of_few ? parts : parts_of_few);
 }
 
 /* Floats of scratch that route and attend need. */
@@ -263,8 +271,8 @@ static inline int64_t attend_scratch(const Attention *a)
 static inline int64_t expanded_width(const Expanded *e) { return round_up(e->value->num_out, PANEL); }
 static inline int64_t expanded_product(const Expanded *e)
 {
-    const int64_t key = gemm_scratch(&(Panels){e->key, 1, 0, 1}, SPAN);
-    const int64_t value = gemm_scratch(&(Panels){e->value, 1, 0, 1}, SPAN);
+    const int64_t key = gemm_scratch(&(Panels){e->key, 1, 0, (e->key->num_out + PANEL - 1) / PANEL, 0}, SPAN);
+    const int64_t value = gemm_scratch(&(Panels){e->value, 1, 0, (e->value->num_out + PANEL - 1) / PANEL, 0}, SPAN);
     return key > value ? key : value;
 }
 static inline int64_t expanded_scratch(const Expanded *e, int64_t rows)

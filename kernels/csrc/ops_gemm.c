@@ -7,6 +7,7 @@
 #define SMALL_WORK (1 << 16) /* multiply-adds (and, by the same number, weights) not worth waking a worker for */
 #define MOST_PANELS 8        /* panels of one task; */
 #define MOST_PAIR_PANELS 16  /* more for pairs, as each task cuts its rows into their parts */
+#define STREAMED (1 << 22)   /* numbers of a result that no cache keeps until they are read */
 #define TASKS_PER_THREAD 4   /* where there are as many panels */
 
 static int64_t most_panels(const Matrix *m) { return m->kind == KIND_PAIRS ? MOST_PAIR_PANELS : MOST_PANELS; }
@@ -26,18 +27,12 @@ static int64_t panels_at_once(int64_t num_panels, int64_t num_units, int64_t mos
 static Panels group_of(const Matrix *m, int64_t num_matrices, int64_t index, int64_t at_once)
 {
     const int64_t left = (m->num_out + PANEL - 1) / PANEL - index * at_once;
-    return (Panels){m, num_matrices, index * at_once, left < at_once ? left : at_once};
+    return (Panels){m, num_matrices, index * at_once, left < at_once ? left : at_once, 0};
 }
 
 static int64_t num_groups(const Matrix *m, int64_t at_once)
 {
     return ((m->num_out + PANEL - 1) / PANEL + at_once - 1) / at_once;
-}
-
-static void store_row(const Panels *p, const float *acc, float *out)
-{
-    const int64_t left = p->matrices->num_out - p->first * PANEL, have = p->count * PANEL;
-    memcpy(out + p->first * PANEL, acc, (left < have ? left : have) * sizeof(float));
 }
 
 /* One product per head, with matrix[head]; a plain linear layer is the case of one head. */
@@ -54,14 +49,15 @@ static void product_task(const void *argument, int64_t index, void *scratch)
     const int64_t chunk = index % p->num_chunks, unit = index / p->num_chunks;
     const int64_t group = unit % p->num_groups, head = unit / p->num_groups;
     const int64_t start = p->num_rows * chunk / p->num_chunks, stop = p->num_rows * (chunk + 1) / p->num_chunks;
-    const float *rows[ROW_CHUNK], *acc = scratch;
+    const float *rows[ROW_CHUNK];
+    float *out[ROW_CHUNK];
     const Matrix *m = p->matrix + head;
     const Panels panels = group_of(m, 1, group, p->at_once);
-    for (int64_t r = start; r < stop; r++)
+    for (int64_t r = start; r < stop; r++) {
         rows[r - start] = p->x + r * p->row_stride + head * p->head_stride;
-    op_table()->panel_gemm(&panels, rows, stop - start, scratch);
-    for (int64_t r = start; r < stop; r++, acc += gemm_stride(&panels))
-        store_row(&panels, acc, p->y + (r * p->num_heads + head) * m->num_out);
+        out[r - start] = p->y + (r * p->num_heads + head) * m->num_out + panels.first * PANEL;
+    }
+    op_table()->panel_gemm(&panels, rows, stop - start, out, scratch);
 }
 
 const char *op_heads(const Matrix *m, int64_t num_heads, const float *x, int64_t row_stride, int64_t head_stride,
@@ -134,31 +130,32 @@ static void up_task(const void *argument, int64_t index, void *scratch)
 {
     const Ffn *f = argument;
     const FfnTask t = locate(f, index);
-    const float *rows[ROW_CHUNK], *acc = scratch;
+    const float *rows[ROW_CHUNK];
+    float *out[ROW_CHUNK];
     const Matrix both[] = {of_expert(f->experts, &f->experts->gate, t.expert),
                            of_expert(f->experts, &f->experts->up, t.expert)};
     const Panels panels = group_of(both, 2, t.group, f->at_once);
-    for (int64_t i = 0; i < t.count; i++)
+    for (int64_t i = 0; i < t.count; i++) {
         rows[i] = f->x + row_of(f->slots, f->order[t.first + i]) * both->num_in;
-    op_table()->panel_gemm(&panels, rows, t.count, scratch);
-    for (int64_t i = 0; i < t.count; i++, acc += gemm_stride(&panels))
-        for (int64_t j = 0; j < panels.count; j++)
-            op_table()->swiglu(acc + 2 * j * PANEL, acc + (2 * j + 1) * PANEL,
-                               f->middle + (t.first + i) * f->width + (panels.first + j) * PANEL, PANEL);
+        out[i] = f->middle + (t.first + i) * f->width + panels.first * PANEL;
+    }
+    op_table()->panel_gemm(&panels, rows, t.count, out, scratch);
 }
 
 static void down_task(const void *argument, int64_t index, void *scratch)
 {
     const Ffn *f = argument;
     const FfnTask t = locate(f, index);
-    const float *rows[ROW_CHUNK], *acc = scratch;
+    const float *rows[ROW_CHUNK];
+    float *out[ROW_CHUNK];
     const Matrix down = of_expert(f->experts, &f->experts->down, t.expert);
-    const Panels panels = group_of(&down, 1, t.group, f->at_once);
-    for (int64_t i = 0; i < t.count; i++)
+    Panels panels = group_of(&down, 1, t.group, f->at_once);
+    panels.stream = f->slots->num_slots * down.num_out >= STREAMED;
+    for (int64_t i = 0; i < t.count; i++) {
         rows[i] = f->middle + (t.first + i) * f->width;
-    op_table()->panel_gemm(&panels, rows, t.count, scratch);
-    for (int64_t i = 0; i < t.count; i++, acc += gemm_stride(&panels))
-        store_row(&panels, acc, f->y + f->order[t.first + i] * down.num_out);
+        out[i] = f->y + f->order[t.first + i] * down.num_out + panels.first * PANEL;
+    }
+    op_table()->panel_gemm(&panels, rows, t.count, out, scratch);
 }
 
 /* Sorts the slots by expert, keeping their order within one; lists the experts that have any. */
@@ -209,7 +206,8 @@ const char *op_grouped_ffn(const Experts *e, const float *x, int64_t num_x_rows,
     const int64_t width = round_up(e->up.num_out, PANEL), hidden = e->down.num_out, num_slots = slots->num_slots;
     const int64_t middle_bytes = round_up(num_slots * width * (int64_t)sizeof(float), 64);
     const int64_t most_rows = num_slots < ROW_CHUNK ? num_slots : ROW_CHUNK;
-    const Panels ups = {&e->gate, 2, 0, most_panels(&e->gate) / 2}, downs = {&e->down, 1, 0, most_panels(&e->down)};
+    const Panels ups = {&e->gate, 2, 0, most_panels(&e->gate) / 2, 0};
+    const Panels downs = {&e->down, 1, 0, most_panels(&e->down), 0};
     const int64_t up_scratch = gemm_scratch(&ups, most_rows), down_scratch = gemm_scratch(&downs, most_rows);
     const int64_t lists = (3 * e->num_experts + 2) * (int64_t)sizeof(int64_t) + num_slots * (int64_t)sizeof(int32_t);
     char *buffer = pool_buffer(0, middle_bytes + lists);

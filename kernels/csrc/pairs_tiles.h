@@ -112,23 +112,18 @@ INLINE void add_two_blocks(const Tile *t, const uint16_t *parts, int64_t part_st
     _tile_stored(3, acc + far_acc + 16, stride);
 }
 
-/* t->acc += rows times 32 columns, from `step` of the slice on. */
-static void add_on_tiles(const Tile *t, const PairRows *r, int64_t step)
+/* t->acc += a cell times 32 columns, from `step` of the slice on. */
+static void add_on_tiles(const Tile *t, const PairRows *r, int64_t cell, int64_t step)
 {
     const int64_t part = r->block_rows * PAIR_STEP, block = r->num_steps * 3 * part;
-    const uint16_t *parts = (const uint16_t *)r->parts + step * 3 * part;
-    const int64_t acc_block = r->block_rows * t->acc_stride;
+    const uint16_t *parts = (const uint16_t *)r->parts + step * 3 * part + 2 * cell * block;
     MEMORY_SETTLED();
-    if (r->num_blocks == 1) {
+    if (r->num_blocks == 1)
         add_one_block(t, parts, part, t->acc);
-        return;
-    }
-    if (r->num_blocks == 2) {
-        add_two_blocks(t, parts, part, block, t->acc, acc_block, 0, 8);
-    } else {
-        for (int64_t i = 0; i < r->num_blocks; i += 2)
-            add_two_blocks(t, parts + i * block, part, block, t->acc + i * acc_block, acc_block,
-                           (int)(8 * i / r->num_blocks), (int)(8 * (i + 2) / r->num_blocks));
-    }
+    else if (r->num_cells == 1)
+        add_two_blocks(t, parts, part, block, t->acc, r->block_rows * PANEL, 0, 8);
+    else
+        add_two_blocks(t, parts, part, block, t->acc, r->block_rows * PANEL, (int)(8 * cell / r->num_cells),
+                       (int)(8 * (cell + 1) / r->num_cells));
     MEMORY_SETTLED();
 }

@@ -11,6 +11,8 @@ typedef int32_t vi __attribute__((vector_size(64)));
 
 static inline vf splat(float x) { return _mm512_set1_ps(x); }
 static inline vf fused(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline void stream(float *p, vf v) { _mm512_stream_ps(p, v); }
+static inline void end_stream(void) { _mm_sfence(); }
 static inline vi load_words(const void *p) { return (vi)_mm512_loadu_si512(p); }
 static inline vf load_i8(const void *p)
 {
