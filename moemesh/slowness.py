@@ -4,7 +4,7 @@ Everybody waits for a slow rank, so its peers' steps, answers and deadlines grow
 tells them apart: of the time in which a rank was awake (it did not wait for anybody), for how much did its engine's
 thread have a processor? Where many ranks share few cores all of them have little; where one has a long prompt, hot
 experts or a share to load, it has a processor all the time, and others wait for it with good reason. A rank that is
-awake for long and has a sixth, at most, of what its peers have is starved by itself: by a quota, by signals, by pages
+awake for long and has a tenth, at most, of what its peers have is starved by itself: by a quota, by signals, by pages
 that are not in memory, by what else runs on its cores.
 
     nobody --slow in one period--> watched --in PERIODS of them--> replaced --slow again--> watched, until the back-off
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 PERIOD_SECONDS = 0.75
 PERIODS = 4
 """In a row, but for those that tell nothing of it."""
-FACTOR = 6.0
+FACTOR = 10.0
 AWAKE_SHARE = 0.2
 """Of a period. Who was awake for less had little to do, or is in a turn that takes long: that tells nothing."""
 COMPARABLE_SHARE = 0.005
