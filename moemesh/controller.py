@@ -293,7 +293,7 @@ class Controller:
     def group_lost(self, group: int, reason: str) -> None:
         """See MeshListener."""
         self._feed.lose(group)
-        lost = self._ledger.lose(group)
+        lost = self._ledger.lose(group, self._clock())
         if lost:
             logger.warning("%d requests of attention group %d begin again: %s", len(lost), group, reason)
         self._end_suspects(lost, reason)
@@ -301,7 +301,7 @@ class Controller:
 
     def group_regrouped(self, group: int, reason: str, *, lost: bool) -> None:
         """See MeshListener."""
-        entries = self._ledger.keep(group) if lost else self._ledger.entries_of(group)
+        entries = self._ledger.keep(group, self._clock()) if lost else self._ledger.entries_of(group)
         logger.warning("attention group %d goes on with %d requests: %s", group, len(entries), reason)
         self._end_suspects(entries, reason)
         self._feed.regroup(group)

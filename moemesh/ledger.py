@@ -6,6 +6,7 @@ sampled one depend on its seed and the position alone.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from mesh_config.mesh import MeshConfig
 from moemesh.sampling_params import SamplingParams
 
 MAX_AFFINITY = 65536  # blocks remembered per attention group, 10 MB of names
+SAME_LOSS_SECONDS = 0.5
 MAX_PREFIX_BLOCKS = 1024
 """Blocks at the beginning of a prompt that affinity looks at: enough to tell groups apart, little to hash."""
 
@@ -23,8 +25,8 @@ MAX_PREFIX_BLOCKS = 1024
 class LedgerEntry:
     """One request in flight. `tokens` is what the client has been given, in order; `group` is None while it waits.
 
-    `losses`: how often in a row the group that computed it was lost before a token came. `restarting`: it has been
-    computed before, and nothing has come since it was given to its group.
+    `losses`: how often in a row the group that computed it was lost before a token came, last at `lost_at`.
+    `restarting`: it has been computed before, and nothing has come since it was given to its group.
     """
 
     request_id: int
@@ -36,6 +38,7 @@ class LedgerEntry:
     tokens: list[int] = field(default_factory=list)
     waiting_since: float = 0.0
     losses: int = 0
+    lost_at: float = -math.inf
     restarting: bool = False
 
     @property
@@ -48,6 +51,13 @@ class LedgerEntry:
         """Tokens still to be computed at most: the measure of a group's load."""
         known = self.num_tokens if self.restarting or not self.tokens else 0
         return known + self.max_new_tokens - len(self.tokens)
+
+    def note_loss(self, now: float) -> None:
+        """What computed it was lost, or some of it. Ranks that go almost together are lost once: a request that takes
+        down one after the other needs longer for each."""
+        if now - self.lost_at >= SAME_LOSS_SECONDS:
+            self.losses += 1
+            self.lost_at = now
 
 
 @dataclass(kw_only=True)
@@ -166,22 +176,22 @@ class Ledger:
         loads[entry.group].add(entry)
         return entry.group
 
-    def lose(self, group: int) -> list[LedgerEntry]:
+    def lose(self, group: int, now: float) -> list[LedgerEntry]:
         """The group's cache is gone: its entries, oldest first, are in no group any more."""
         lost = self.entries_of(group)
         for entry in lost:
             entry.group = None
-            entry.losses += 1
+            entry.note_loss(now)
             entry.restarting = True
         if self._affinity is not None:
             self._affinity.forget(group)
         return lost
 
-    def keep(self, group: int) -> list[LedgerEntry]:
+    def keep(self, group: int, now: float) -> list[LedgerEntry]:
         """The group has lost a member, and not its cache: its entries, oldest first, stay."""
         kept = self.entries_of(group)
         for entry in kept:
-            entry.losses += 1
+            entry.note_loss(now)
         return kept
 
     def entries_of(self, group: int) -> list[LedgerEntry]:

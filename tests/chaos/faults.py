@@ -54,6 +54,7 @@ class Player:
         self._lives: dict[int, int] = {}
         self._undo = ExitStack()
         self._order = itertools.count()
+        self._delay = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
 
     def __enter__(self) -> Self:
@@ -75,6 +76,8 @@ class Player:
                 self._note(f"given up, {len(self._agenda) + 1} events before the end: nobody streams any more")
                 return
             action()
+            self._agenda = [(later + self._delay, order, doing) for later, order, doing in self._agenda]
+            self._delay = 0.0
 
     def _later(self, moment: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._agenda, (moment, next(self._order), action))
@@ -144,12 +147,13 @@ class Player:
         return view
 
     def _choose(self, who: Role, count: int) -> dict[int, psutil.Process]:
-        """Processes by rank, each one of the mesh's own. Where so many are not up they are waited for."""
+        """Processes by rank, each one of the mesh's own. Where so many are not up they are waited for, and
+        whatever comes later waits as long."""
         if who is Role.SAME:
             return self._struck
-        wait_until(
-            time.monotonic() + VICTIM_SECONDS, unless=lambda: len(scenario.candidates(who, self._view())) >= count
-        )
+        begun = time.monotonic()
+        wait_until(begun + VICTIM_SECONDS, unless=lambda: len(scenario.candidates(who, self._view())) >= count)
+        self._delay += time.monotonic() - begun
         view, ours = self._view(), self._ours()
         ranks = scenario.choose(who, view, count, self._site.draw)
         self._struck = {rank: ours[view["ranks"][rank]["pid"]] for rank in ranks}

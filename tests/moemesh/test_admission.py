@@ -98,7 +98,7 @@ def test_who_lost_its_group_goes_first_and_in_turn() -> None:
     lost = [queue.enter() for _ in range(4)]
     queue.take(0)
     fresh = queue.enter()
-    queue.admission.restart(reversed(queue.ledger.lose(0)))
+    queue.admission.restart(reversed(queue.ledger.lose(0, 0.0)))
     assert queue.take(1) == lost[:2], "30 tokens at a time are too many"
     assert queue.take(1) == []
     queue.ledger.accept(lost[0].request_id, 0, [5])
@@ -113,7 +113,7 @@ def test_a_long_restart_is_taken_alone() -> None:
     long = queue.enter(100)
     short = queue.enter(1)
     queue.take(0)
-    queue.admission.restart(queue.ledger.lose(0))
+    queue.admission.restart(queue.ledger.lose(0, 0.0))
     assert queue.take(1) == [long]
     queue.ledger.close(long.request_id)
     assert queue.take(1) == [short]
@@ -123,7 +123,7 @@ def test_restarts_expire_never_and_do_not_count_against_the_queue() -> None:
     queue = Queue(queue_timeout=5.0, max_queued_requests=1)
     queue.enter()
     queue.take(0)
-    queue.admission.restart(queue.ledger.lose(0))
+    queue.admission.restart(queue.ledger.lose(0, 0.0))
     assert queue.admission.num_waiting == 1
     queue.admission.check_room(1)
     assert queue.admission.expired(1e9) == []
@@ -138,7 +138,7 @@ def test_who_could_not_be_sent_is_the_next_one_again() -> None:
     queue.admission.put_back(first)
     assert queue.admission.expired(6.0) == [first, second]
     assert queue.take(0) == [first, second]
-    queue.admission.restart(queue.ledger.lose(0))
+    queue.admission.restart(queue.ledger.lose(0, 0.0))
     assert next(queue.admission.take((1,), 0.0)) is first
     queue.admission.put_back(first)
     assert queue.take(1) == [first, second]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,7 @@ async def loading(
     attention_tp: int = 1,
     arithmetic: str = "float32",
     queue_timeout: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[tuple[Controller, FakeRanks]]:
     """A mesh of ranks that have not said anything yet."""
@@ -113,6 +115,7 @@ async def loading(
         limits=AdmissionLimits(max_num_seqs=8, restart_tokens=64, max_queued_requests=2, queue_timeout=queue_timeout),
         metrics=ranks.metrics,
         frontend_pid=1,
+        clock=clock,
     )
     serving = asyncio.create_task(controller.run())
     try:

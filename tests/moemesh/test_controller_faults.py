@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,11 @@ from transport import messages
 from transport.life import Life
 
 FAILED = messages.Failed(rank=0, error="out of memory")
+
+
+def seconds_pass() -> Callable[[], float]:
+    """A clock that shows another second whenever it is read."""
+    return itertools.count(0.0, 1.0).__next__
 
 
 def submits(ranks: FakeRanks) -> list[tuple[int, int, list[int]]]:
@@ -130,7 +137,7 @@ def test_a_wrong_replay_is_counted_and_never_sent() -> None:
 
 def test_a_request_that_seems_to_kill_its_ranks_ends() -> None:
     async def check() -> None:
-        async with ready(5, attention_ranks=4) as (controller, ranks):
+        async with ready(5, attention_ranks=4, clock=seconds_pass()) as (controller, ranks):
             asked = await started(collect(controller, request()))
             for rank in range(3):
                 assert submits(ranks)[-1][0] == rank
@@ -302,13 +309,27 @@ def test_a_leader_that_cannot_be_told_is_told_later_and_gets_nothing_else() -> N
 
 def test_a_request_that_seems_to_kill_one_member_after_the_other_ends() -> None:
     async def check() -> None:
-        async with ready(5, attention_ranks=4, attention_tp=4) as (controller, ranks):
+        async with ready(5, attention_ranks=4, attention_tp=4, clock=seconds_pass()) as (controller, ranks):
             asked = await started(collect(controller, request()))
             for rank in range(3):
                 await ranks.say(messages.Failed(rank=rank, error="boom"))
             with pytest.raises(EngineFailed, match=r"each of the last 3 failures: rank 2: boom"):
                 await asked
             assert regroups(ranks)[-1] == (3, 3, [])
+
+    run(check())
+
+
+def test_ranks_that_go_almost_together_are_no_sign_of_a_request_that_kills() -> None:
+    async def check() -> None:
+        now = 100.0
+        async with ready(5, attention_ranks=4, attention_tp=4, clock=lambda: now) as (controller, ranks):
+            asked = await started(collect(controller, request(max_tokens=1)))
+            for rank in range(3):
+                await ranks.say(messages.Failed(rank=rank, error="boom"))
+                now += 0.1
+            await ranks.say(tokens(1, 2, 20, generation=3, finish_reason="length"), by=Life(3))
+            assert [token for output in await asked for token in output.token_ids] == [20]
 
     run(check())
 

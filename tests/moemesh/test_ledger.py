@@ -40,7 +40,7 @@ def test_a_lost_groups_entries_begin_again_with_all_their_tokens() -> None:
     first, second, other = (given(ledger, (1,) * 10, 5, num_groups=2) for _ in range(3))
     assert [first.group, second.group, other.group] == [0, 1, 0]
     ledger.accept(first.request_id, 0, [7, 8])
-    assert ledger.lose(0) == [first, other]
+    assert ledger.lose(0, 0.0) == [first, other]
     assert (first.group, first.restarting, first.losses, first.outstanding_tokens) == (None, True, 1, 15)
     loads = ledger.loads()
     assert ledger.assign(first, (1,), loads) == 1
@@ -133,5 +133,5 @@ def test_the_cache_of_a_lost_group_is_forgotten() -> None:
     assert admitted(ledger, (1, 2)) == 1
     ledger.close(busy.request_id)
     assert admitted(ledger, (1, 2, 3)) == 1
-    ledger.lose(1)
+    ledger.lose(1, 0.0)
     assert admitted(ledger, (1, 2, 3)) == 0
