@@ -4,6 +4,7 @@ The leader owns the group's scheduler; every member, the leader included, builds
 One step of a group is under way at a time; its micro-batches run side by side.
 """
 
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class GroupMember:
         self._clock = clock
         self._trace = trace
         self._mirror = PlanMirror()
-        self._plans: dict[int, StepPlan] = {}  # by step: links may reorder them
+        self._plans: deque[StepPlan] = deque()
         self._engaged: Engaged | None = None
         self._problem: str | None = None
         self._submitted = _Submitted(over=not goes_on)
@@ -122,9 +123,8 @@ class GroupMember:
         self._submitted.over = True
 
     def receive_plan(self, frame: Frame) -> None:
-        """Keep a plan of the leader's until its turn has come."""
-        plan = StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes()))
-        self._plans[plan.step] = plan
+        """Queue the leader's next plan."""
+        self._plans.append(StepPlan.from_wire(msgpack.unpackb(frame.tensors[0].numpy().tobytes())))
 
     def take_outputs(self) -> list[SequenceOutput]:
         """What the leader's sequences have given since the last call."""
@@ -162,7 +162,7 @@ class GroupMember:
         """Members without whose frames nothing can be done here."""
         if self._task is not None:
             return awaited(self._task.wait)
-        if self.scheduler is not None or self._engaged is None or self.num_steps in self._plans:
+        if self.scheduler is not None or self._engaged is None or self._plans:
             return frozenset()
         return frozenset(self._members[:1])
 
@@ -196,8 +196,8 @@ class GroupMember:
             if parts != plan.micro_batches:
                 plan = replace(plan, micro_batches=parts)
             self._broadcast(plan)
-        elif self.num_steps in self._plans:
-            plan = self._plans.pop(self.num_steps)
+        elif self._plans:
+            plan = self._plans.popleft()
         else:
             return False
         self._task = Task(self._step(plan))
@@ -237,7 +237,8 @@ class GroupMember:
             self._trace.span("step", began, step=plan.step, sequences=len(plan.items))
 
     def _confirm(self, plan: StepPlan) -> Steps[None]:
-        """The leader hears that everybody has followed a plan that gives no results, or nobody would miss it."""
+        """The leader hears that everybody has followed a plan that gives no results. Nobody would miss one that is
+        lost, and the next one might overtake it."""
         if self.scheduler is None:
             self._hand_in(plan.step, 0, RowResults())
             return

@@ -44,6 +44,7 @@ class VirtualServer:
         self._ports: dict[tuple[Life, Channel], VirtualPort] = {}
         self._arrived: asyncio.Queue[tuple[Life, bytes, object]] = asyncio.Queue()
         self.observe: Callable[[Life, messages.Message], None] = lambda life, message: None
+        self.open = True
         self.note: object = None
         """What the sender noted beside the message that `receive` gave last."""
 
@@ -54,6 +55,11 @@ class VirtualServer:
         self.observe(life, message)
         data = encode_message(message)
         self._carry(port.to_rank, lambda: port.arrive(life, data))
+
+    def close(self) -> None:
+        """Nobody is heard any more, and nobody hears."""
+        self.open = False
+        self._ports.clear()
 
     async def receive(self) -> tuple[Life, messages.Message]:
         life, data, self.note = await self._arrived.get()
@@ -67,7 +73,7 @@ class VirtualServer:
         self._carry(port.to_frontend, lambda: self._loop.hear(lambda: self._greet(life, port)))
 
     def _greet(self, life: Life, port: VirtualPort) -> None:
-        if port.life == life and port.open:
+        if self.open and port.life == life and port.open:
             self._ports[life, port.channel] = port
 
     def disconnect(self, port: VirtualPort) -> None:

@@ -37,6 +37,12 @@ def _begin(mesh: SimulatedMesh, fault: Fault) -> None:
             mesh.time.at(until, lambda: setattr(process, "slowness", 1.0))
         case "cut":
             _cut(mesh, [(rank, fault.other)], until)
+        case "hold":
+            _cut(mesh, [(rank, fault.other)], until, hold=True)
+        case "unreadable":
+            _lack(mesh, mesh.unreadable, rank, until)
+        case "no memory":
+            _lack(mesh, mesh.without_memory, rank, until)
         case "cut off":
             others = [peer for peer in range(mesh.config.num_ranks) if peer != rank]
             _cut(mesh, [(rank, peer) for peer in others] + [(peer, rank) for peer in others], until)
@@ -47,9 +53,15 @@ def _begin(mesh: SimulatedMesh, fault: Fault) -> None:
             mesh.loop.freeze(fault.seconds)
 
 
-def _cut(mesh: SimulatedMesh, pairs: list[tuple[int, int]], until: float) -> None:
+def _lack(mesh: SimulatedMesh, lacking: set[int], rank: int, until: float) -> None:
+    """Whatever process the rank has by then."""
+    lacking.add(rank)
+    mesh.time.at(until, lambda: lacking.discard(rank))
+
+
+def _cut(mesh: SimulatedMesh, pairs: list[tuple[int, int]], until: float, *, hold: bool = False) -> None:
     for sender, receiver in pairs:
-        mesh.network.cut(sender, receiver)
+        mesh.network.cut(sender, receiver, hold=hold)
 
     def heal() -> None:
         mesh.network.advance(mesh.time.now - mesh.network.now)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+from moemesh.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from moemesh.take_over import TakeOver
 from tests.simulation.virtual_time import VirtualTime
 
@@ -32,6 +33,19 @@ class Loading:
         self._time.after(self._rng.uniform(*LOAD_SECONDS), done)
 
 
+class WeakCheckpoint(Checkpoint):
+    """The production class over files that are open already, and that cannot be read while `unreadable` says so."""
+
+    def __init__(self, checkpoint: Checkpoint, unreadable: Callable[[], bool]) -> None:
+        self.__dict__.update(checkpoint.__dict__)
+        self._unreadable = unreadable
+
+    def _info(self, name: str) -> TensorInfo:
+        if self._unreadable():
+            raise CheckpointError((f"{name}: Input/output error",))
+        return super()._info(name)
+
+
 class VirtualExecutor(Executor):
     """Does one thing after the other, each of which takes its time."""
 
@@ -54,8 +68,8 @@ class VirtualExecutor(Executor):
 class VirtualTakeOver(TakeOver):
     """The production class; what its thread would do happens in virtual time."""
 
-    def __init__(self, loading: Loading, *arguments: Any) -> None:
-        super().__init__(*arguments, prepare=lambda: None, wake=lambda: None, free_memory=lambda: 1 << 40)
+    def __init__(self, loading: Loading, *arguments: Any, free_memory: Callable[[], int]) -> None:
+        super().__init__(*arguments, prepare=lambda: None, wake=lambda: None, free_memory=free_memory)
         self._loading = loading
 
     def _start(self) -> None:

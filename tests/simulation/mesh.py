@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mesh_config import make_mesh
 from moemesh.admission import AdmissionLimits
@@ -84,6 +84,10 @@ class SimulatedMesh:
         self.server.observe = self._observe
         self.watch: VirtualWatch | None = None
         self.controller = self._make_controller()
+        self.unreadable: set[int] = set()
+        """Ranks that cannot read the checkpoint now."""
+        self.without_memory: set[int] = set()
+        self.frontend_gone = False
         self._pids = 0
         self._by_pid: dict[int, Process] = {}
         self.processes = [self._start(rank) for rank in range(self.config.num_ranks)]
@@ -126,6 +130,11 @@ class SimulatedMesh:
         self.network.revive(rank, incarnation=incarnation, introduced=False)
         self.processes[rank] = self._start(rank, parent)
 
+    @property
+    def everybody(self) -> Iterable[Process]:
+        """All processes that there have been."""
+        return self._by_pid.values()
+
     def process_with(self, pid: int) -> Process:
         return self._by_pid[pid]
 
@@ -156,6 +165,14 @@ class SimulatedMesh:
         process.control.send(messages.Failed(rank=process.rank, error=str(error)))
         self.end_process(process.rank, "has crashed")
 
+    def end_frontend(self) -> None:
+        """Its process is gone: it hears and sees nothing any more."""
+        self.tell("the frontend is gone")
+        self.frontend_gone = True
+        self.server.close()
+        assert self.watch is not None
+        self.watch.close()
+
     def wake_receivers(self) -> None:
         """Whoever may receive something, or hear of a death, gets a turn when it may."""
         for process in self.processes:
@@ -166,10 +183,10 @@ class SimulatedMesh:
     # --- what is held at the end
 
     def settled(self) -> bool:
-        """Nothing is left to be done, or the mesh has failed and its frontend would end it."""
-        if self.controller.failure is not None:
-            return True
-        alive = [process for process in self.processes if not process.ended]
+        """Nothing is left to be done; once the frontend is gone, nobody is left."""
+        alive = [process for process in self.everybody if not process.ended]
+        if self.frontend_gone:
+            return not alive
         if any(process.ended and self.can_be_replaced(process.rank) for process in self.processes):
             return False
         return not any(self.controller.leftovers().values()) and all(map(self.at_peace, alive))

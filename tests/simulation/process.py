@@ -14,7 +14,7 @@ from moemesh.rank_build import build_rank
 from moemesh.rank_engine import RankEngine
 from moemesh.slowness import Effort
 from tests.simulation.control_plane import VirtualPort
-from tests.simulation.loading import Loading, VirtualExecutor, VirtualTakeOver
+from tests.simulation.loading import Loading, VirtualExecutor, VirtualTakeOver, WeakCheckpoint
 from tests.simulation.meetings import VirtualMeetings
 from tests.simulation.tiny_model import CPU
 from tests.simulation.virtual_time import Action
@@ -30,6 +30,7 @@ TURN_SECONDS = (0.001, 0.01)
 """What a turn takes in which something was computed."""
 LOAD_SECONDS = (0.005, 0.05)
 IMPORT_SECONDS = (0.05, 0.5)
+ABANDONED_SECONDS = 25.0
 
 
 class VirtualPulse(Pulse):
@@ -55,6 +56,8 @@ class Process:
             _never,
             life,
             end=lambda reason: mesh.end_process(self.rank, f"ends: {reason}", pid=pid),
+            is_gone=lambda: mesh.frontend_gone,
+            abandoned_s=ABANDONED_SECONDS,
             clock=mesh.time.clock,
             pulse=VirtualPulse(),
         )
@@ -165,12 +168,17 @@ class Process:
             self._later(self._rng.uniform(*LOAD_SECONDS) * self.slowness, self._loaded)
 
     def _loaded(self) -> None:
+        if self.rank in self._mesh.unreadable:
+            self.control.send(messages.Failed(rank=self.rank, error="the checkpoint cannot be read"))
+            self._mesh.end_process(self.rank, "ends: it cannot read the checkpoint")
+            return
         for message in self._earlier:
             if isinstance(message, messages.View):
                 self._neighbours.follow(message)
         mesh = self._mesh
-        model, loader = mesh.model.share(mesh.config, mesh.placement, self.rank)
+        model, loader = mesh.model.share(mesh.config, mesh.placement, self.rank, mesh.scenario.quantization)
         loading = Loading(self._time, self._rng, self.wake)
+        checkpoint = WeakCheckpoint(mesh.model.checkpoint, lambda: self.rank in mesh.unreadable)
         self.engine = build_rank(
             model,
             mesh.config,
@@ -181,15 +189,20 @@ class Process:
             idle=IdleWait(self.control, bell=None, alone=True, crowded=mesh.scenario.crowded),
             heart=self.heart,
             neighbours=self._neighbours,
-            head_loader=HeadLoader(loader.mla, mesh.model.checkpoint, free_memory=lambda: 1 << 40),
+            head_loader=HeadLoader(loader.mla, checkpoint, free_memory=self._free_memory),
             executor=VirtualExecutor(loading),
-            make_take_over=lambda service: VirtualTakeOver(loading, service, mesh.model.checkpoint, loader.ffns),
+            make_take_over=lambda service: VirtualTakeOver(
+                loading, service, checkpoint, loader.ffns, free_memory=self._free_memory
+            ),
             clock=self._time.clock,
         )
         self.engine.hear(self._earlier)
         if self._parent is None:
             self.engine.announce()
         self.wake()
+
+    def _free_memory(self) -> int:
+        return 0 if self.rank in self._mesh.without_memory else 1 << 40
 
     def _turn(self, due: float) -> None:
         if due != self._due or self.ended or self.stopped:

@@ -6,17 +6,19 @@ import asyncio
 import gc
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mesh_config.model_shape import Quantization
 from moemesh.engine_client import RequestError
+from moemesh.mesh import STOP_SECONDS
 from tests.simulation.checker import check
 from tests.simulation.faults import play_faults
 from tests.simulation.history import History, Stream
 from tests.simulation.mesh import SimulatedMesh
-from tests.simulation.scenario import Ask, Scenario
+from tests.simulation.scenario import Ask, Scenario, Variant
 from tests.simulation.tiny_model import Model, requests
 from tests.simulation.virtual_time import VirtualLoop, VirtualTime
 
@@ -25,7 +27,7 @@ PATIENCE_SECONDS = 120.0
 SETTLE_SECONDS = 100.0
 """By then everybody has put down what it held, and whoever can be readmitted is."""
 
-Expected = dict[int, Stream]
+Expected = dict[Variant, dict[int, Stream]]
 """What each of the requests gives where nothing goes wrong."""
 
 
@@ -58,7 +60,7 @@ def play(model: Model, scenario: Scenario, expected: Expected | None) -> Outcome
         except Exception:
             history.complain(f"the frontend has crashed: {traceback.format_exc()}")
         else:
-            check(mesh, expected)
+            check(mesh, None if expected is None or scenario.variant is None else expected[scenario.variant])
     return Outcome(scenario, history, time.now)
 
 
@@ -72,17 +74,47 @@ async def _play(mesh: SimulatedMesh) -> None:
     play_faults(mesh)
     began = mesh.time.now
     clients = [asyncio.ensure_future(_ask(mesh, ask, began)) for ask in mesh.scenario.asks]
+    ending = asyncio.ensure_future(_end(mesh, began, [serving, *clients]))
     done, late = await asyncio.wait(clients, timeout=PATIENCE_SECONDS)
-    for client in done:
+    for client in (client for client in done if not client.cancelled()):
         client.result()
     for client in late:
         client.cancel()
     await asyncio.gather(*late, return_exceptions=True)
+    if mesh.scenario.ending is not None:
+        await ending
+    ending.cancel()
     await _settle(mesh)
+    if mesh.controller.failure is not None and not mesh.frontend_gone:
+        await _leave(mesh)
+        await _settle(mesh)
     serving.cancel()
     await asyncio.wait({serving})
     if not serving.cancelled():
         mesh.history.complain(f"the frontend has crashed: {serving.exception()!r}")
+
+
+async def _end(mesh: SimulatedMesh, began: float, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """The frontend's end, if the scenario has one: `tasks` end with its process."""
+    ending = mesh.scenario.ending
+    if ending is None:
+        return
+    await asyncio.sleep(began + ending.at - mesh.time.now)
+    if ending.killed:
+        mesh.end_frontend()
+        for task in tasks:
+            task.cancel()
+    else:
+        mesh.tell("the mesh is to be drained")
+        await mesh.controller.drain(ending.patience)
+        await _leave(mesh)
+
+
+async def _leave(mesh: SimulatedMesh) -> None:
+    """What a frontend does before it ends: see `running_mesh`."""
+    mesh.controller.stop_ranks()
+    await asyncio.sleep(STOP_SECONDS)
+    mesh.end_frontend()
 
 
 def _crash(context: dict[str, Any]) -> str:
@@ -118,6 +150,11 @@ async def _ask(mesh: SimulatedMesh, ask: Ask, began: float) -> None:
                 await asyncio.sleep(ask.reads_in)
     except RequestError as error:
         stream.error = f"{type(error).__name__}: {error}"
+    except asyncio.CancelledError:
+        if not mesh.frontend_gone:
+            raise
+        if not stream.endings:
+            stream.error = "the connection has been closed"
     mesh.tell(f"{stream.name} ends with {len(stream.tokens)} tokens: {stream.finish or stream.error or 'cancelled'}")
 
 
@@ -159,8 +196,14 @@ class _StoryHandler(logging.Handler):
 
 def expectations(model: Model) -> Expected:
     """What each request gives on a mesh of one rank, where nothing can go wrong."""
+    forms: tuple[Quantization | None, ...] = (None, "int8")
+    return {(prefill, form): _expect(model, prefill, form) for prefill in ("absorbed", "expanded") for form in forms}
+
+
+def _expect(model: Model, prefill: str, quantization: Quantization | None) -> dict[int, Stream]:
     asks = tuple(Ask(request=index, at=0.0) for index in range(len(requests())))
-    fields = {"num_ranks": 1, "num_cache_blocks": 256}
-    outcome = play(model, Scenario(seed=0, mesh_fields=fields, asks=asks, calm=True), None)
+    fields = {"num_ranks": 1, "num_cache_blocks": 256, "prefill_attention": prefill}
+    scenario = Scenario(seed=0, mesh_fields=fields, asks=asks, calm=True, quantization=quantization)
+    outcome = play(model, scenario, None)
     assert not outcome.complaints, str(outcome)
     return {int(stream.request.request_id): stream for stream in outcome.history.streams}

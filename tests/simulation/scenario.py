@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mesh_config.model_shape import Quantization
 from tests.simulation.control_plane import Weather
 from tests.simulation.tiny_model import NUM_EXPERTS, requests
 from transport.local_wire import CALM, FaultRates
 
 HERE = "here"
+DEADLY = frozenset({"kill", "unreadable", "no memory"})
+"""Faults that may cost a rank its life, or a request its answer, though nothing else goes wrong."""
+Variant = tuple[str, Quantization | None]
+"""What decides which bits a request gives: the form of attention over prompts, and the format of weights."""
 QUIET_FROM = 4.0
 """When whatever goes wrong has ended."""
 
+KINDS = ("kill", "kill", "stop", "stop", "slow", "cut", "hold", "cut off", "lag", "freeze", "unreadable", "no memory")
 SHAPES: tuple[dict[str, Any], ...] = (
     {"num_ranks": 2, "attention_tp": 1},
     {"num_ranks": 2, "attention_tp": 2},
@@ -55,6 +61,15 @@ class Fault:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """The frontend drains the mesh and ends, or is `killed`. Requests get `patience` seconds to be computed."""
+
+    at: float
+    killed: bool
+    patience: float
+
+
 @dataclass(kw_only=True)
 class Scenario:
     """All that a seed decides before anything happens."""
@@ -71,6 +86,15 @@ class Scenario:
     respawn: bool = False
     calm: bool = False
     dies_loading: int | None = None
+    quantization: Quantization | None = None
+    ending: Ending | None = None
+
+    @property
+    def variant(self) -> Variant | None:
+        """None where a token's bits depend on which rank hosts which experts."""
+        if self.mesh_fields.get("combine") == "compact":
+            return None
+        return self.mesh_fields.get("prefill_attention", "absorbed"), self.quantization
 
     def host_of(self, rank: int) -> str:
         """The frontend sees processes of its own host alone."""
@@ -86,6 +110,10 @@ class Scenario:
         yield f"mesh {self.mesh_fields}, respawn={self.respawn}, crowded={self.crowded}, remote={sorted(self.remote)}"
         if self.dies_loading is not None:
             yield f"rank {self.dies_loading} dies while it loads"
+        if self.quantization is not None:
+            yield f"weights in {self.quantization}"
+        if self.ending is not None:
+            yield str(self.ending)
         yield f"frames {self.rates}; messages {self.weather}"
         yield from (str(ask) for ask in self.asks)
         yield from (str(fault) for fault in self.faults)
@@ -105,6 +133,8 @@ def draw(seed: int) -> Scenario:
         "micro_batches": rng.choice(["auto", 1, 2]),
         "expert_hold": rng.choice(["off", "auto"]),
         "prefix_caching": rng.random() < 0.7,
+        "combine": rng.choice(["exact"] * 9 + ["compact"]),
+        "prefill_attention": rng.choice(["absorbed"] * 3 + ["expanded"]),
     }
     calm = rng.random() < 0.25
     num_ranks = shape["num_ranks"]
@@ -122,12 +152,16 @@ def draw(seed: int) -> Scenario:
         crowded=rng.random() < 0.3,
         max_queued=rng.choice([None, None, 2]),
         respawn=rng.random() < 0.6,
+        quantization="int8" if rng.random() < 0.15 else None,
         calm=calm,
         dies_loading=rng.randrange(num_ranks) if not calm and rng.random() < 0.02 else None,
     )
-    kinds = ["lag", "slow"] if calm else ["kill", "stop", "stop", "slow", "cut", "cut off", "lag", "freeze"]
+    kinds = ["lag", "slow"] if calm else [*KINDS]
     count = rng.choice([0, 1, 2, 3, 5, 8])
     scenario.faults = tuple(sorted((_fault(rng, rng.choice(kinds), scenario) for _ in range(count)), key=_when))
+    if rng.random() < 0.1:
+        at, patience = rng.uniform(0.1, 2.5), rng.choice([0.2, 2.0, 30.0])
+        scenario.ending = Ending(at=at, killed=rng.random() < 0.4, patience=patience)
     return scenario
 
 
@@ -172,6 +206,9 @@ def _fault(rng: random.Random, kind: str, scenario: Scenario) -> Fault:
         "stop": rng.choice([0.2, 1.0, 2.5]),
         "slow": rng.choice([0.3, 1.5]),
         "cut": rng.choice([0.1, 0.5, 1.5]),
+        "hold": rng.choice([0.1, 0.5, 1.5]),
+        "unreadable": rng.choice([0.5, 1.5, 3.0]),
+        "no memory": rng.choice([0.5, 1.5, 3.0]),
         "cut off": rng.choice([0.3, 1.0, 2.5]),
         "lag": rng.choice([0.1, 0.3]) if scenario.calm else rng.choice([0.3, 1.0, 2.0]),
         "freeze": rng.choice([0.1, 0.5, 2.0]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from tests.simulation.run import Expected, play
-from tests.simulation.scenario import draw
+from tests.simulation.scenario import KINDS, draw
 from tests.simulation.soak import soak
 from tests.simulation.tiny_model import Model
 
@@ -32,7 +34,9 @@ def test_a_seed_tells_the_same_story_each_time(tiny_model: Model, expected: Expe
 def test_seeds_draw_every_fault() -> None:
     scenarios = [draw(seed) for seed in range(NUM_SEEDS)]
     kinds = {fault.kind for scenario in scenarios for fault in scenario.faults}
-    assert kinds == {"kill", "stop", "slow", "cut", "cut off", "lag", "freeze"}
+    assert kinds == set(KINDS)
+    assert {scenario.variant for scenario in scenarios} == {None, *product(("absorbed", "expanded"), (None, "int8"))}
+    assert {scenario.ending.killed for scenario in scenarios if scenario.ending is not None} == {False, True}
     rates = [scenario.rates for scenario in scenarios]
     assert all(
         any(getattr(each, name) for each in rates) for name in ("drop", "duplicate", "corrupt", "reorder", "delay")

@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 
 from experts import ExpertClient
+from moemesh import standstill
 from moemesh.expert_homes import ExpertHomes
 from moemesh.group_member import GroupMember
+from moemesh.heart import Heart
 from moemesh.membership import Membership
 from moemesh.scheduler import Scheduler
+from moemesh.sequence import LOGITS_NOT_FINITE
+from moemesh.standstill import Standstill
 from tests.simulation.control_plane import Weather
 from tests.simulation.run import Expected, play
 from tests.simulation.scenario import Fault, Scenario, draw
 from tests.simulation.tiny_model import Model
 from transport.flow_control import CreditWindow
 from transport.frame import Frame
+from transport.local_wire import FaultRates
 
 ENOUGH_SEEDS = 150
 Shape = Callable[[Scenario], None]
@@ -118,3 +123,52 @@ def test_words_of_another_generation_believed(
 
     monkeypatch.setattr(Membership, "believes_of", lambda self, life, group, generation: self.believes(life))
     assert_found(tiny_model, expected, "is believed of", stop_twice)
+
+
+def one_group(scenario: Scenario) -> None:
+    """All ranks are one attention group, on links that lose frames."""
+    scenario.mesh_fields |= {"num_ranks": 2, "attention_tp": 2, "attention_ranks": None}
+    scenario.faults, scenario.remote, scenario.ending = (), frozenset(), None
+    scenario.rates = FaultRates(drop=0.03, reorder=0.2)
+    scenario.calm, scenario.dies_loading = False, None
+
+
+def test_a_group_that_stands_still_unseen(
+    tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Standstill, "found", lambda self, groups: [])
+    assert_found(tiny_model, expected, "ended 0 times", one_group)
+
+
+def test_a_group_that_is_restarted_for_being_slow(
+    tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames may not even travel."""
+
+    def calm(scenario: Scenario) -> None:
+        one_group(scenario)
+        scenario.calm, scenario.rates = True, FaultRates(delay=0.5, max_delay=0.03)
+
+    monkeypatch.setattr(standstill, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(standstill, "LEAST_TURNS", 0)
+    assert_found(tiny_model, expected, "was run again in vain", calm)
+
+
+def test_no_numbers_given_out(tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that has none takes a neighbour with it."""
+    apply = Scheduler.apply
+
+    def spread(self: Scheduler, plan: Any, sampled: Any, rows: Any = None) -> Any:
+        if LOGITS_NOT_FINITE in sampled.values():
+            sampled = dict.fromkeys(sampled, LOGITS_NOT_FINITE)
+        return apply(self, plan, sampled, rows)
+
+    monkeypatch.setattr(Scheduler, "apply", spread)
+    assert_found(tiny_model, expected, "its neighbours have done it")
+
+
+def test_a_rank_that_outlives_its_frontend(
+    tiny_model: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Heart, "listen", lambda self, control: control.receive_all())
+    assert_found(tiny_model, expected, "is left behind")

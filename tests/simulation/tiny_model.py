@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import kernels
 from experts import ExpertBank
 from mesh_config import MeshConfig, Placement, load_model_config
 from mesh_config.model_config import ModelConfig
+from mesh_config.model_shape import Quantization
 from moemesh.checkpoint import Checkpoint
 from moemesh.engine_client import GenerationRequest
 from moemesh.mesh_plan import placement_of
@@ -25,6 +27,8 @@ from tests.random_checkpoint import write_random_checkpoint
 
 CPU = torch.device("cpu")
 NUM_EXPERTS = 8
+POISON = 49
+"""A token whose embedding is not a number: whoever has it in the prompt gets no answer. Nobody else draws it."""
 MAX_MODEL_LEN = 128
 MODEL_FIELDS: dict[str, Any] = {
     "vocab_size": 96,
@@ -73,12 +77,15 @@ class Model:
     def placement(self, mesh: MeshConfig) -> Placement:
         return placement_of(self.config, mesh)
 
-    def share(self, mesh: MeshConfig, placement: Placement, rank: int) -> Share:
+    def share(
+        self, mesh: MeshConfig, placement: Placement, rank: int, quantization: Quantization | None = None
+    ) -> Share:
         """For a new process of a rank."""
-        key = (mesh.num_ranks, mesh.attention_ranks, mesh.attention_tp, mesh.redundant_experts, rank)
+        shape = (mesh.num_ranks, mesh.attention_ranks, mesh.attention_tp, mesh.redundant_experts)
+        key = (*shape, rank, mesh.prefill_attention, quantization)
         loaded = self._loaded.get(key)
         if loaded is None:
-            loaded = self._loaded[key] = self._load(mesh, placement, rank)
+            loaded = self._loaded[key] = self._load(mesh, placement, rank, quantization)
         model, loader = loaded
         banks = {layer: self._bank(loader, layer, bank.logical_experts) for layer, bank in model.banks.items()}
         return Share(RankModel(config=model.config, attention=model.attention, banks=banks), loader)
@@ -88,7 +95,7 @@ class Model:
         loader.ffns.load_experts(packed, range(len(experts)), self.checkpoint, layer, experts)
         return ExpertBank(experts, NUM_EXPERTS, packed)
 
-    def _load(self, mesh: MeshConfig, placement: Placement, rank: int) -> Share:
+    def _load(self, mesh: MeshConfig, placement: Placement, rank: int, quantization: Quantization | None) -> Share:
         loader = ModelLoader(
             self.checkpoint,
             mesh=mesh,
@@ -96,10 +103,13 @@ class Model:
             rank=rank,
             device=CPU,
             weight_dtype=None,
-            quantization=None,
+            quantization=quantization,
             report=lambda done, total: None,
         )
-        return Share(loader.load(), loader)
+        model = loader.load()
+        if model.attention is not None:
+            model.attention.embedding_VH[POISON] = math.nan
+        return Share(model, loader)
 
 
 @cache
@@ -108,9 +118,11 @@ def requests() -> tuple[GenerationRequest, ...]:
     rng = random.Random(7)
     beginning = tuple(rng.randrange(2, 96) for _ in range(40))
     made = []
-    for index in range(24):
+    for index in range(28):
         own = tuple(rng.randrange(2, 96) for _ in range(rng.choice([1, 5, 20, 45])))
         prompt = beginning[: rng.choice([33, 40])] + own[:20] if index % 4 == 0 else own
+        if index >= 24:
+            prompt = (*prompt[: rng.randrange(len(prompt) + 1)], POISON, *own[:10])
         params = SamplingParams(
             temperature=rng.choice([0.0, 0.7, 1.2]),
             top_p=rng.choice([1.0, 0.9]),
