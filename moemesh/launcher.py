@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 _SIGNALS = {int(number) for number in signal.Signals}
 
 
+MPIRUN_INTERRUPTED = 1
+"""What Open MPI's mpirun ends with when SIGTERM, SIGINT or SIGHUP has told it to; else it has a rank's code, or 0."""
+
+
 class RankProcesses(Protocol):
     """The rank processes of a mesh, as the frontend sees them, whoever started them."""
 
@@ -79,9 +83,11 @@ class RankLauncher:
 
     @property
     def can_start(self) -> bool:
-        """Whether `start` may be called again: not after an mpirun that somebody has killed."""
+        """Whether `start` may be called again: not after an mpirun that somebody has killed or told to end."""
         code = self._keeper.poll() if self._keeper is not None else None
-        return code is None or self._num_ranks == 1 or self._stopping or not ended_by_signal(code)
+        if code is None or self._num_ranks == 1 or self._stopping:
+            return True
+        return not ended_by_signal(code) and code != MPIRUN_INTERRUPTED
 
     def start(self, incarnation: int = 0) -> None:
         """Start the processes, again when they have ended; returns at once.

@@ -22,7 +22,7 @@ from moemesh.gateway.prompts import Prompt
 from moemesh.mesh import started_mesh
 from moemesh.mesh_plan import plan_mesh
 from moemesh.metrics import Metrics
-from moemesh.options import EngineOptions
+from moemesh.options import OFFLINE_BATCHED_TOKENS, EngineOptions
 from moemesh.sampling_params import SamplingParams
 from moemesh.tokenizer import load_tokenizer
 
@@ -64,7 +64,9 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        given = options if model is None else {"model": model, **options}
+        given = (
+            {"max_num_batched_tokens": OFFLINE_BATCHED_TOKENS} | ({} if model is None else {"model": model}) | options
+        )
         self._options = EngineOptions.from_mapping(given, source="LLM")
         self._plan = plan_mesh(self._options)
         self._tokenizer = load_tokenizer(self._options.model_folder)

@@ -25,6 +25,11 @@ class LaunchError(RuntimeError):
     """Ranks cannot be started; the message says what is missing and how to get it."""
 
 
+NEWCOMER_SLOTS = 64
+"""For ranks that are started again. Where there are fewer slots than processes Open MPI yields the processor in every
+call of theirs, which takes ten times as long."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MpiRun:
     """An mpirun. `open_mpi` is its major version, None for another MPI; `ulfm`: it can outlive a dead rank."""
@@ -42,7 +47,7 @@ class MpiRun:
             # component, where it finds no network of its own, sleeps for a second in every rank's MPI_Init.
             flags += [
                 "--host",
-                f"localhost:{num_ranks}",
+                f"localhost:{num_ranks + NEWCOMER_SLOTS}",
                 "--oversubscribe",
                 "--bind-to",
                 "none",

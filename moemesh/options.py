@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mesh_config.coverage import ASSUMED_READ_BANDWIDTH
 from moemesh.flags import Options, OptionsError, auto_or, flag, one_of, real, size, text, token_ids, truth, whole
@@ -49,6 +49,15 @@ class CheckOptions(ModelOptions):
 
     command: ClassVar[str] = "check"
     summary: ClassVar[str] = "look at a model folder and the memory it needs, without loading it"
+
+
+OFFLINE_BATCHED_TOKENS = 4096
+"""Where nobody waits for the next token of a stream, weights are better read once for more tokens; as in vLLM."""
+
+
+def batched_tokens(default: int) -> Any:
+    """The flag with its default."""
+    return flag(default, "tokens in one step of an attention group; longer prompts are cut", size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +132,7 @@ class EngineOptions(ModelOptions):
         None, "longest prompt and answer together, in tokens, such as 4096 or 32K (default: the model's)", size
     )
     max_num_seqs: int = flag(256, "sequences in one step of an attention group", whole(1))
-    max_num_batched_tokens: int = flag(2048, "tokens in one step of an attention group; longer prompts are cut", size)
+    max_num_batched_tokens: int = batched_tokens(2048)
     kv_cache_memory_bytes: int | None = flag(
         None, "size of a rank's attention cache, such as 4GiB (default: from the free memory)", size, metavar="SIZE"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moemesh.flags import Options, OptionsError, counts, flag, one_of, real, text, truth, whole
-from moemesh.options import EngineOptions
+from moemesh.options import OFFLINE_BATCHED_TOKENS, EngineOptions, batched_tokens
 
 
 def rate(value: object) -> float:
@@ -30,6 +30,7 @@ class BenchEngineOptions(EngineOptions):
 
     batch_sizes: tuple[int, ...] = flag((1, 8, 32), "sequences at a time", counts, metavar="B,...")
     prompt_tokens: tuple[int, ...] = flag((128,), "lengths of the prompts", counts, metavar="N,...")
+    max_num_batched_tokens: int = batched_tokens(OFFLINE_BATCHED_TOKENS)
     output_tokens: int = flag(64, "tokens that every sequence generates while all of them do", whole(2))
     repeats: int = flag(1, "runs of every case; the medians are shown", whole(1))
     seed: int = flag(0, "draws the prompts", whole(0))

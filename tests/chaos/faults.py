@@ -92,10 +92,10 @@ class Player:
                 self._signal(number, who, count)
             case scenario.Slow(who=who, factor=factor, for_s=for_s):
                 self._slow(who, factor, for_s)
-            case scenario.KillMpirun():
-                self._kill(self._find_mpirun(), "mpirun")
+            case scenario.KillMpirun(number=number):
+                self._kill(self._find_mpirun(), "mpirun", number)
             case scenario.KillFrontend():
-                self._kill(self._site.frontend, "the frontend")
+                self._kill(self._site.frontend, "the frontend", signal.SIGKILL)
             case scenario.CutLink(for_s=for_s):
                 self._cut(for_s)
             case scenario.Overload(factor=factor, for_s=for_s):
@@ -170,9 +170,9 @@ class Player:
         names = ("mpirun", "prterun")
         return next(one for one in self._site.mesh.processes() if Path(one.cmdline()[0]).name in names)
 
-    def _kill(self, process: psutil.Process, name: str) -> None:
-        process.kill()
-        self._note(f"SIGKILL to {name} (pid {process.pid})")
+    def _kill(self, process: psutil.Process, name: str, number: signal.Signals) -> None:
+        process.send_signal(number)
+        self._note(f"{number.name} to {name} (pid {process.pid})")
 
     def _cut(self, for_s: float) -> None:
         link = self._site.two_hosts

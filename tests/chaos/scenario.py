@@ -54,7 +54,9 @@ class Slow(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class KillMpirun(Event):
-    """SIGKILL to mpirun."""
+    """A signal to mpirun that ends it."""
+
+    number: signal.Signals
 
 
 @dataclass(frozen=True, kw_only=True)

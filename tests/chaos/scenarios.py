@@ -288,13 +288,16 @@ CHECKPOINTS = (
 )
 
 ENDS = (
-    Scenario(
-        name="kill-mpirun",
-        row="mpirun killed: no process left after 10 s; clients got an error, not silence",
-        flags=TWO_GROUPS,
-        events=(KillMpirun(),),
-        outcome="gone",
-        checks=ends(),
+    *(
+        Scenario(
+            name=name,
+            row="mpirun killed: no process left after 10 s; clients got an error, not silence",
+            flags=TWO_GROUPS,
+            events=(KillMpirun(number=number),),
+            outcome="gone",
+            checks=ends(),
+        )
+        for name, number in (("kill-mpirun", signal.SIGKILL), ("terminate-mpirun", signal.SIGTERM))
     ),
     Scenario(
         name="kill-frontend",

@@ -154,9 +154,10 @@ def test_exit_code_and_stop_before_start(run_directory: RunDirectory) -> None:
         (1, "os.kill(os.getpid(), signal.SIGKILL)", True),
         (2, "os.kill(os.getpid(), signal.SIGKILL)", False),
         (2, "sys.exit(137)", True),
+        (2, "sys.exit(1)", False),
     ],
 )
-def test_ranks_can_be_started_again_but_not_after_an_mpirun_that_was_killed(
+def test_ranks_can_be_started_again_but_not_after_an_mpirun_that_was_ended(
     run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, num_ranks: int, end: str, can_start: bool
 ) -> None:
     """An mpirun that ends by itself with 128 + 9 says so of one of its ranks."""

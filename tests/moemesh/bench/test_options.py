@@ -17,7 +17,7 @@ from tests.moemesh.test_options import parse
 def test_a_command_line_of_engine() -> None:
     options = parse(BenchEngineOptions, "folder", "--batch-sizes", "1,8", "--prompt-tokens=128,4096", "--ranks", "2")
     assert (options.batch_sizes, options.prompt_tokens, options.output_tokens) == ((1, 8), (128, 4096), 64)
-    assert options.engine_options() == EngineOptions(model="folder", ranks=2)
+    assert options.engine_options() == EngineOptions(model="folder", ranks=2, max_num_batched_tokens=4096)
 
 
 def test_rates() -> None:
