@@ -18,13 +18,14 @@ from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
 from moemesh.forward import ForwardPass, WholeForward, stack_layers
 from moemesh.group_member import Engaged, GroupMember
+from moemesh.group_seat import GroupSeat, MakeMember
 from moemesh.heads import HeadLoader, Heads
 from moemesh.idle import IdleWait
 from moemesh.kept_cache import KeptCache
 from moemesh.model import RankModel
 from moemesh.neighbours import Neighbours
 from moemesh.overlap import OverlapRule
-from moemesh.rank_engine import ControlPort, HeartBeat, MakeMember, RankEngine
+from moemesh.rank_engine import ControlPort, HeartBeat, RankEngine
 from moemesh.scheduler import Scheduler
 from moemesh.scheduler_records import SchedulerLimits
 from moemesh.take_over import TakeOver
@@ -96,14 +97,22 @@ def build_rank(
         clock=clock,
     )
     client = _client(parts) if model.attention is not None else None
-    make_member = None
+    seat, group = None, mesh.group_of(link.rank)
     if model.attention is not None and client is not None:
         layers = [layer.attention for layer in model.attention.layers]
         index = link.rank % mesh.attention_tp
         shards = owned_shards(config.num_logical_shards, mesh.attention_tp, index)
-        make_member = _member_factory(parts, model, client, Heads(layers, shards, head_loader, executor))
+        assert group is not None
+        seat = GroupSeat(
+            _member_factory(parts, model, client, Heads(layers, shards, head_loader, executor)),
+            mesh.groups[group],
+            group=group,
+            rank=link.rank,
+            config=config,
+            mailbox=parts.mailbox,
+            send=control.send,
+        )
     return RankEngine(
-        config=config,
         link=link,
         mailbox=parts.mailbox,
         control=control,
@@ -112,9 +121,7 @@ def build_rank(
         take_over=None if make_take_over is None else make_take_over(parts.experts),
         load=parts.load,
         placement=placement,
-        make_member=make_member,
-        group=mesh.group_of(link.rank),
-        members=() if make_member is None else mesh.groups[link.rank // mesh.attention_tp],
+        seat=seat,
         num_blocks=mesh.num_cache_blocks or 0,
         idle=idle,
         heart=heart,

@@ -6,24 +6,19 @@ Expert calls come before the rank's own step: they never wait for anybody, hence
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import kernels
 from experts import ExpertClient, ExpertService, answer_frame
 from gating import ExpertLoad
-from mesh_config.model_config import ModelConfig
 from mesh_config.placement import Placement
-from moemesh.group_member import GroupMember
+from moemesh.group_seat import GroupSeat
 from moemesh.heart import Pulse
 from moemesh.idle import IdleWait
-from moemesh.kept_cache import KeptCache
 from moemesh.membership_records import LIVING
 from moemesh.neighbours import Neighbours
-from moemesh.rank_counters import dispatch_counters, frame_counters, member_counters, scheduler_gauges
-from moemesh.request_messages import output_item, submitted_sequence
-from moemesh.sequence import SequenceOutput
+from moemesh.rank_counters import dispatch_counters, frame_counters
 from moemesh.take_over import TakeOver
 from transport import messages
 from transport.errors import ProtocolError
@@ -64,21 +59,12 @@ class HeartBeat(Protocol):
     def begin_life(self, life: Life) -> None: ...
 
 
-class MakeMember(Protocol):
-    """Makes this rank's side of its attention group for a generation; see GroupMember."""
-
-    def __call__(
-        self, generation: int, members: tuple[int, ...], *, goes_on: bool, kept: KeptCache | None
-    ) -> GroupMember: ...
-
-
 class RankEngine:
     """Everything one rank does between Ready and Stop."""
 
     def __init__(
         self,
         *,
-        config: ModelConfig,
         link: Link,
         mailbox: Mailbox,
         control: ControlPort,
@@ -87,17 +73,13 @@ class RankEngine:
         take_over: TakeOver | None,
         load: ExpertLoad,
         placement: Placement,
-        make_member: MakeMember | None,
-        group: int | None,
-        members: tuple[int, ...],
+        seat: GroupSeat | None,
         num_blocks: int,
         idle: IdleWait,
         heart: HeartBeat,
         neighbours: Neighbours,
         clock: Callable[[], float],
     ) -> None:
-        """`members` are those of this rank's attention group, if it has one."""
-        self._config = config
         self._link = link
         self._mailbox = mailbox
         self._control = control
@@ -105,9 +87,7 @@ class RankEngine:
         self._client = client
         self._take_over = take_over
         self._load = load
-        self._make_member = make_member
-        self._member = None if make_member is None else make_member(0, members, goes_on=False, kept=None)
-        self._group = group
+        self._seat = seat
         self._num_blocks = num_blocks
         self._idle = idle
         self._heart = heart
@@ -117,18 +97,12 @@ class RankEngine:
         self._order: Mapping[int, list[int]] = {}
         self._followed = (placement.version, dict.fromkeys(range(link.num_ranks), 0))
         self._view: messages.View | None = None
-        # What was asked of a generation of our group that we have not begun yet.
-        self._held: list[messages.Message] = []
-        self._reborn = False  # we are in another life than our group's member
         self._incarnations = [0] * link.num_ranks
         # A new life that has not met everybody yet.
         self._joining = link.incarnation > 0
         # The peers that the link talks with, each with its life.
         peers = [] if self._joining else [peer for peer in range(link.num_ranks) if peer != link.rank]
         self._linked = dict.fromkeys(peers, 0)
-        self._early_plans: list[Frame] = []
-        # What the members of earlier generations have counted.
-        self._past: Counter[str] = Counter()
         self.stopping = False
         self._next_stats = 0.0
         self._next_pulse = 0.0
@@ -148,14 +122,14 @@ class RankEngine:
         busy = self.turn()
         ended = self._clock()
         self._heart.pulse.note_turn(ended - began, ended)
-        self._heart.pulse.working = busy or (self._member is not None and self._member.busy)
+        self._heart.pulse.working = busy or (self._seat is not None and self._seat.member.busy)
         if busy:
             self._busy_seconds += ended - began
             self._idle.worked()
         else:
             self._idle.wait(self._longest_wait(), arriving=self._link.arriving())
-            if self._member is not None:
-                self._member.waited(self._clock() - began)
+            if self._seat is not None:
+                self._seat.member.waited(self._clock() - began)
         now = self._clock()
         self._link.tick(now)
         self._show_pulse(now)
@@ -163,9 +137,9 @@ class RankEngine:
 
     def _show_pulse(self, now: float) -> None:
         """What is half received need not be waited for much longer."""
-        if now >= self._next_pulse and self._member is not None:
+        if now >= self._next_pulse and self._seat is not None:
             self._next_pulse = now + PULSE_SECONDS
-            self._heart.pulse.group = None if self._link.arriving() else self._member.pulse()
+            self._heart.pulse.group = None if self._link.arriving() else self._seat.member.pulse()
 
     def _longest_wait(self) -> float:
         longest = max(0.0, self._next_stats - self._clock())
@@ -185,10 +159,8 @@ class RankEngine:
             self._control.send(taken.to_message())
         if self._client is not None:
             self._report("late", self._client.check_deadlines(self._clock()))
-        if self._member is not None:
-            busy |= self._member.turn(may_begin=self._heart.lease_holds())
-            self._send_outputs(self._member.generation, self._member.take_outputs())
-            self._report_unfit(self._member)
+        if self._seat is not None:
+            busy |= self._seat.turn(may_begin=self._heart.lease_holds())
         return busy
 
     def announce(self) -> None:
@@ -201,10 +173,8 @@ class RankEngine:
         """What this rank holds for requests; all zero when there are none."""
         asked = 0 if self._client is None else self._client.pending
         held = {"frames": self._mailbox.num_waiting, "expert_calls": int(self._experts.pending) + asked}
-        if self._member is not None:
-            held["sequences"] = self._member.num_sequences
-            if self._member.scheduler is not None:
-                held["blocks"] = self._member.scheduler.stats().num_blocks_used
+        if self._seat is not None:
+            held |= self._seat.leftovers()
         return held
 
     def _read_control(self) -> bool:
@@ -216,12 +186,8 @@ class RankEngine:
         """Do what the frontend says."""
         for message in received:
             match message:
-                case messages.Submit() | messages.Cancel() | messages.Regroup() if self._behind():
-                    self._held.append(message)
-                case messages.Submit():
-                    self._submit(message)
-                case messages.Cancel(request_id=request_id):
-                    self._require_member().cancel(request_id)
+                case messages.Submit() | messages.Cancel() | messages.Regroup():
+                    self._require_seat().hear(message)
                 case messages.Place(version=version, hosts=hosts, order=order):
                     self._order = order
                     self._placement = Placement(
@@ -231,8 +197,6 @@ class RankEngine:
                     )
                 case messages.View():
                     self._follow(message)
-                case messages.Regroup(generation=generation, sequences=sequences):
-                    self._resume(generation, sequences)
                 case messages.Respawn():
                     self._neighbours.spawn(message)
                 case messages.Readmit(incarnation=incarnation):
@@ -246,10 +210,10 @@ class RankEngine:
 
     def _follow(self, view: messages.View) -> None:
         """What the frontend says of the mesh."""
-        before, self._view = self._view, view
-        if before is not None and self._group is not None and before.groups[self._group] != view.groups[self._group]:
-            self._held.clear()  # asked of a generation that is over before it began: they are asked again
-        self._reborn |= view.incarnations[self._link.rank] != self._incarnations[self._link.rank]
+        if self._seat is not None:
+            rank = self._link.rank
+            self._seat.follow(view, reborn=view.incarnations[rank] != self._incarnations[rank])
+        self._view = view
         self._incarnations = view.incarnations
         self._neighbours.follow(view)
         self._adopt(view)
@@ -272,34 +236,8 @@ class RankEngine:
         self._followed = news
         if self._take_over is not None and view.states[self._link.rank] in _MEMBERS:
             self._take_over.follow(self._placement.experts_of(self._link.rank), self._order)
-        if self._group is not None and set(view.groups[self._group].members) <= living.keys():
-            self._regroup(view.groups[self._group])
-
-    def _regroup(self, group: messages.GroupMembers) -> None:
-        """What we know of the cache counts in the next generation, unless that or we begin with nothing."""
-        assert self._member is not None
-        assert self._make_member is not None
-        if group.generation == self._member.generation:
-            return
-        self._past.update(member_counters(self._member))
-        kept = self._member.leave()
-        if self._reborn or kept is None or kept.generation < group.since or self._link.rank not in group.members:
-            kept = None
-        self._reborn = False
-        members = tuple(group.members) if self._link.rank in group.members else ()
-        self._member = self._make_member(group.generation, members, goes_on=group.since < group.generation, kept=kept)
-        self._mailbox.discard(group.generation)
-        early, self._early_plans = self._early_plans, []
-        for frame in early:
-            self._receive_plan(frame)
-        held, self._held = self._held, []
-        self.hear(held)
-
-    def _behind(self) -> bool:
-        """The view names a later generation of our group than the one that we are in."""
-        if self._view is None or self._group is None or self._member is None:
-            return False
-        return self._view.groups[self._group].generation != self._member.generation
+        if self._seat is not None:
+            self._seat.begin_generation(met=set(living))
 
     def _reaches(self, view: messages.View, rank: int) -> bool:
         return rank == self._link.rank or self._neighbours.reaches(rank, view.born[rank])
@@ -332,40 +270,18 @@ class RankEngine:
         self._heart.begin_life(life)
         self._link.renew(incarnation)
         self._joining, self._view = True, None
+        if self._seat is not None:
+            self._seat.forget_view()
         if self._take_over is not None:
             self._order = {}
             self._take_over.follow(self._experts.hosted(), self._order)
         # A view comes when this is heard, with those who came while we were away.
         self._control.send(messages.Hosting(self._experts.hosted()))
 
-    def _submit(self, message: messages.Submit) -> None:
-        member = self._require_member()
-        try:
-            member.submit(submitted_sequence(message, self._config.eos_token_ids))
-        except ValueError as error:
-            refusal = messages.OutputItem(
-                request_id=message.request_id, position=0, token_ids=[], error=str(error), refused=True
-            )
-            self._control.send(messages.Outputs(self._link.rank, member.generation, [refusal]))
-
-    def _resume(self, generation: int, sequences: list[messages.Submit]) -> None:
-        """A later view may have come meanwhile: then there will be another one of these."""
-        member = self._require_member()
-        if member.generation == generation:
-            for sequence in sequences:
-                self._submit(sequence)
-            member.resume()
-
-    def _report_unfit(self, member: GroupMember) -> None:
-        problem = member.take_problem()
-        if problem is not None:
-            logger.error("rank %d cannot be in its attention group: %s", self._link.rank, problem)
-            self._control.send(messages.Unfit(member.generation, problem))
-
-    def _require_member(self) -> GroupMember:
-        if self._member is None:
+    def _require_seat(self) -> GroupSeat:
+        if self._seat is None:
             raise ProtocolError(f"rank {self._link.rank} has no attention and was sent a request")
-        return self._member
+        return self._seat
 
     def _read_frames(self) -> bool:
         frames = self._link.poll()
@@ -387,7 +303,7 @@ class RankEngine:
             case Kind.DISPATCH:
                 self._take_call(frame)
             case Kind.PLAN:
-                self._receive_plan(frame)
+                self._require_seat().receive_plan(frame)
             case Kind.ANSWER | Kind.NOT_HERE:
                 if self._client is not None:
                     self._client.receive(frame)
@@ -404,14 +320,6 @@ class RankEngine:
         if refusal is not None:
             self._link.post(frame.header.sender, refusal)
 
-    def _receive_plan(self, frame: Frame) -> None:
-        """The leader may have heard of a new generation before us, or not yet."""
-        member = self._require_member()
-        if frame.header.generation > member.generation:
-            self._early_plans.append(frame)
-        elif frame.header.generation == member.generation:
-            member.receive_plan(frame)
-
     def _answer_experts(self) -> bool:
         answers = self._experts.step()
         if answers is None:
@@ -419,11 +327,6 @@ class RankEngine:
         for call, answer in answers:
             self._link.post(call.sender, answer_frame(call, answer, self._link.rank))
         return True
-
-    def _send_outputs(self, generation: int, outputs: list[SequenceOutput]) -> None:
-        if outputs:
-            items = [output_item(output) for output in outputs]
-            self._control.send(messages.Outputs(self._link.rank, generation, items))
 
     # --- counters
 
@@ -446,9 +349,6 @@ class RankEngine:
             counters[f"dispatched_tokens:{layer}"] = tokens
         if self._client is not None:
             counters.update(dispatch_counters(self._client.stats))
-        if self._member is not None:
-            for name, count in member_counters(self._member).items():
-                counters[name] = self._past[name] + count
-            if self._member.scheduler is not None:
-                counters.update(scheduler_gauges(self._member.scheduler.stats()))
+        if self._seat is not None:
+            counters |= self._seat.counters()
         return counters

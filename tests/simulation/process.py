@@ -119,8 +119,8 @@ class Process:
 
     def generation(self) -> int | None:
         """That of the attention group, as far as the rank has heard."""
-        member = None if self.engine is None else self.engine._member
-        return None if member is None else member.generation
+        seat = None if self.engine is None else self.engine._seat
+        return None if seat is None else seat.member.generation
 
     def hosts(self, layer: int) -> frozenset[int]:
         """The experts of a layer that can be asked for here."""

@@ -26,9 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def members(mesh: LocalMesh, tp: int) -> list[GroupMember]:
-    found = [engine._member for engine in mesh.engines[:tp]]
-    assert all(found)
-    return [member for member in found if member is not None]
+    return [engine._seat.member for engine in mesh.engines[:tp] if engine._seat is not None]
 
 
 def run(mesh: LocalMesh, tp: int) -> int:
