@@ -114,6 +114,14 @@ class LayerStack:
             self._struct = torch.tensor(words, dtype=torch.int64)  # struct Stack of csrc/kernels.h
             self.address = self._struct.data_ptr()
 
+    def reserve(self, num_rows: int) -> None:
+        """Take the scratch memory that so many rows need now, rather than in the first step that has them.
+
+        Raises MemoryError where there is too little.
+        """
+        if self.is_native:
+            native.reserve_layers(self.address, num_rows)
+
 
 def run_layers(
     ids: array[int], stack: LayerStack, batch: AttentionBatch, *, out: torch.Tensor | None = None

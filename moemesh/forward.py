@@ -37,6 +37,10 @@ class WholeForward:
         self._experts = experts
         self._room = kernels.Room(stack.hidden, stack.embedding.device)
 
+    def reserve(self, num_rows: int) -> None:
+        """Take the memory that batches of so many rows need before the first of them comes."""
+        self._stack.reserve(num_rows)
+
     def run(self, batch: MicroBatch, *, generation: int, step: int) -> Steps[Tensor]:
         """Hidden states [T, H] of all rows after the last layer, there until the next run."""
         num_rows = batch.attention.num_rows

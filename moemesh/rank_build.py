@@ -162,6 +162,10 @@ def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient, 
         device=parts.device,
     )
     num_shards = config.num_logical_shards
+    whole = None
+    if mesh.num_ranks == 1 and mesh.combine == "exact":
+        whole = WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
+        whole.reserve(min(mesh.max_num_batched_tokens, mesh.num_cache_blocks * BLOCK_SIZE))
 
     def engage(members: tuple[int, ...]) -> Steps[Engaged]:
         heads.want(owned_shards(num_shards, len(members), members.index(rank)))
@@ -175,9 +179,7 @@ def _member_factory(parts: _Parts, rank_model: RankModel, client: ExpertClient, 
             num_shards=num_shards,
             trace=parts.trace,
         )
-        if mesh.num_ranks == 1 and mesh.combine == "exact":
-            return attention, WholeForward(stack_layers(rank_model, cache, parts.load), parts.experts)
-        return attention, ForwardPass(model, attention, client, parts.load)
+        return attention, whole or ForwardPass(model, attention, client, parts.load)
 
     def make(generation: int, members: tuple[int, ...], *, goes_on: bool, kept: KeptCache | None) -> GroupMember:
         return GroupMember(

@@ -150,6 +150,7 @@ OPERATION(mla_project, "ppiipp", op_mla_project(v[0].p, v[1].p, v[2].i, v[3].i, 
 OPERATION(mla_attend, "ppppip", op_mla_attend(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(lay_out, "piiiippiip", run_lay_out(v))
 OPERATION(embed, "piiipip", op_embed(v[0].p, v[1].i, v[2].i, v[3].i, v[4].p, v[5].i, v[6].p))
+OPERATION(reserve_layers, "pi", op_reserve_layers(v[0].p, v[1].i))
 OPERATION(layers, "pppp", op_layers(v[0].p, v[1].p, v[2].p, v[3].p))
 OPERATION(mla, "ppppip", op_mla(v[0].p, v[1].p, v[2].p, v[3].p, v[4].i, v[5].p))
 OPERATION(pack, "piiiiiipi",
@@ -245,8 +246,8 @@ static PyMethodDef methods[] = {
     FAST(linear), FAST(heads), FAST(grouped_ffn), FAST(rms_norm), FAST(add_rms_norm), FAST(sample),
     FAST(score), FAST(normed_linear), FAST(sample_rows), FAST(rope), FAST(route), FAST(gate),
     FAST(plan_slots), FAST(combine), FAST(tree_add), FAST(attention), FAST(expanded_attention), FAST(mla_project),
-    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(pack), FAST(quantize),
-    FAST(read_file), FAST(advise_huge_pages), FAST(read_all), FAST(checksum), FAST(load),
+    FAST(mla_attend), FAST(mla), FAST(lay_out), FAST(embed), FAST(layers), FAST(reserve_layers),
+    FAST(pack), FAST(quantize), FAST(read_file), FAST(advise_huge_pages), FAST(read_all), FAST(checksum), FAST(load),
     {"select", py_select, METH_O, NULL}, {"isa", py_isa, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL}, {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {"work_aside", py_work_aside, METH_O, NULL},

@@ -65,6 +65,9 @@ const char *op_mla(const Mla *m, const MlaBatch *b, const float *x, float *cache
 
 /* Embedding and all layers, one after the other: x [num_rows][hidden] are the hidden states after the last of them. */
 const char *op_layers(const Stack *s, const MlaBatch *b, const int32_t *ids, float *x);
+/* Takes about the memory that this needs for so many rows, and touches it: pages that the system has yet to provide
+   make a first step take twice as long. */
+const char *op_reserve_layers(const Stack *s, int64_t num_rows);
 
 /* Copies rows [num_out][num_in] of element_bytes (row stride in bytes) into panels; see Matrix for `interleave`.
    With refuse_nan the elements are fp8 e4m3, whose NaN the kernels could not tell from a number. */

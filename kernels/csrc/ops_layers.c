@@ -55,6 +55,31 @@ static const char *feed_forward(const Layer *l, int64_t num_rows, const Stages *
                           l->ffn ? stages->shared : NULL, stages->added);
 }
 
+static void raise_to(int64_t *most, int64_t value) { *most = value > *most ? value : *most; }
+
+const char *op_reserve_layers(const Stack *s, int64_t num_rows)
+{
+    int64_t floats[BUFFER_LEVELS] = {0};
+    for (const Layer *l = s->layers; l < s->layers + s->num_layers; l++) {
+        const Mla *m = l->attention;
+        const int64_t queries = m->query_up->num_out, values = m->num_heads * m->value_up->num_out;
+        const Experts *ffn = l->experts ? l->experts : l->ffn;
+        const int64_t slots = num_rows * (l->experts ? l->top_k : 1);
+        raise_to(&floats[0], slots * (ffn->up.num_out + 1));
+        raise_to(&floats[1], num_rows * (queries + values));
+        raise_to(&floats[1], l->experts ? slots * s->hidden : 0);
+        raise_to(&floats[2], num_rows * (m->query_up->num_in + m->latent_down->num_out));
+        raise_to(&floats[3], num_rows * (3 * s->hidden + 2 * l->top_k));
+    }
+    for (int level = 0; level < BUFFER_LEVELS; level++) {
+        void *buffer = pool_buffer(level, floats[level] * (int64_t)sizeof(float));
+        if (!buffer)
+            return out_of_memory;
+        memset(buffer, 0, floats[level] * sizeof(float));
+    }
+    return NULL;
+}
+
 const char *op_layers(const Stack *s, const MlaBatch *b, const int32_t *ids, float *x)
 {
     Stages stages;

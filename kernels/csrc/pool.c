@@ -6,6 +6,8 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include "ops.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -18,6 +20,7 @@
 
 #define SPIN_NANOSECONDS 200000
 #define LOOK_ON_NANOSECONDS 1000000
+#define HUGE_PAGE (2 << 20)
 #define CLAIMS 32 /* per thread and job: more would only cost, fewer would leave threads waiting for the last one */
 #define CLOSED ((uint64_t)1 << 31) /* state: job number << 32 | CLOSED | workers inside */
 
@@ -194,9 +197,13 @@ static int grow(void **place, int64_t *have, int64_t want)
     if (want <= *have)
         return 0;
     free(*place);
-    want = (want + want / 4 + 63) / 64 * 64;
-    *place = aligned_alloc(64, want);
+    want += want / 4;
+    const int64_t alignment = want < 2 * HUGE_PAGE ? 64 : HUGE_PAGE;
+    want = (want + alignment - 1) / alignment * alignment;
+    *place = aligned_alloc(alignment, want);
     *have = *place ? want : 0;
+    if (*place && alignment == HUGE_PAGE)
+        op_advise_huge_pages(*place, want);
     return *place ? 0 : -1;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -177,3 +178,19 @@ def test_an_embedding_is_its_twin_to_the_bit(dtype: torch.dtype) -> None:
     assert torch.equal(kernels.embed(table, some), reference.embed(table, some))
     with pytest.raises((ValueError, IndexError), match=r"outside|out of range"):
         kernels.embed(table, array("i", [9]))
+
+
+@needs_native
+def test_reserved_memory_is_there_at_once_and_taken_once() -> None:
+    stack = stack_of([whole_layer(dense=True), whole_layer(dense=False)])
+
+    def pages_taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        stack.reserve(20_000)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        return after.ru_maxrss - before.ru_maxrss + after.ru_minflt - before.ru_minflt
+
+    expected = kernels.run_layers(ids(), stack, batch(NUM_ROWS))
+    first = pages_taken()
+    assert pages_taken() < first
+    assert torch.equal(kernels.run_layers(ids(), stack, batch(NUM_ROWS)), expected)
